@@ -1,0 +1,1 @@
+"""The configuration of the GPT and the layout of its vocabulary."""

@@ -1,0 +1,111 @@
+"""UniTokConfig: a causal language model, an image tokenizer, and the vocabulary that joins them.
+
+- `text_config` is the configuration of any causal language model of transformers, NanoChat unless told otherwise
+- `vq_config` holds the arguments of `UniTokVQModel` that differ from its defaults
+- the sizes of the vocabulary are stored once: `text_config.vocab_size` is always text_vocab_size + num_visual_tokens,
+  and the special ids of `text_config` are those of this configuration
+"""
+
+import copy
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+from .vocabulary_unitok import VisualVocabulary
+
+
+SPECIAL_TOKENS = ("pad", "bos", "eos", "image_start", "image_end", "image", "uncond")
+
+
+@strict
+class UniTokConfig(PreTrainedConfig):
+    """Configuration of `UniTokForConditionalGeneration`.
+
+    Args:
+        text_config: configuration (or its dict, with `model_type`) of the language model.
+        vq_config: arguments of `UniTokVQModel`.
+        text_vocab_size: rows for text, special and spare tokens, a multiple of 64; the id of the first code.
+        num_visual_tokens: size of the codebook.
+        image_grid: height and width of an image in codes.
+        image_start_token_id, image_end_token_id: the tokens around an image.
+        image_token_id: placeholder for one code, replaced before the model sees it.
+        uncond_token_id: stands for a dropped caption, in training and in the unconditional branch of guidance.
+        bos_token_id, eos_token_id, pad_token_id: as everywhere; pad is none of the others.
+        text_loss_weight, image_loss_weight: weights of the two kinds of tokens in the loss.
+        tie_word_embeddings: whether input and output embeddings are one matrix.
+
+    Raises:
+        ValueError: ids that collide or do not fit, or a `vq_config` of another codebook size or grid.
+    """
+
+    model_type = "unitok_hf"
+    sub_configs_defaults = {"text_config": SubConfigSpec(config_class=AutoConfig, model_type="nanochat")}
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    text_config: dict | PreTrainedConfig | None = None
+    vq_config: dict | None = None
+    text_vocab_size: int = 32768
+    num_visual_tokens: int = 1024
+    image_grid: list[int] | tuple[int, ...] = (4, 4)
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = 1
+    eos_token_id: int | None = 2
+    image_start_token_id: int = 3
+    image_end_token_id: int = 4
+    image_token_id: int = 5
+    uncond_token_id: int = 6
+    text_loss_weight: float | int = 1.0
+    image_loss_weight: float | int = 1.0
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs):
+        self.text_config = copy.deepcopy(self.text_config)
+        self.vq_config = dict(self.vq_config or {})
+        self.image_grid = tuple(self.image_grid)
+        super().__post_init__(**kwargs)
+        self.text_config.vocab_size = self.vocab_size
+        self.text_config.bos_token_id = self.bos_token_id
+        self.text_config.eos_token_id = self.eos_token_id
+        self.text_config.pad_token_id = self.pad_token_id
+        self.text_config.tie_word_embeddings = self.tie_word_embeddings
+
+    def validate_vocabulary(self):
+        """Ids and sizes that must fit together; called on construction."""
+        if self.text_vocab_size % 64:
+            raise ValueError(f"text_vocab_size must be a multiple of 64, got {self.text_vocab_size}")
+        named = {f"{kind}_token_id": getattr(self, f"{kind}_token_id") for kind in SPECIAL_TOKENS}
+        for name, token in named.items():
+            if not 0 <= token < self.text_vocab_size:
+                raise ValueError(f"{name} {token} is outside the text vocabulary [0, {self.text_vocab_size})")
+        if len(set(named.values())) < len(named):
+            raise ValueError(f"special tokens must have different ids, got {named}")
+        codes = self.vq_config.get("num_vq_embeddings", self.num_visual_tokens)
+        if codes != self.num_visual_tokens:
+            raise ValueError(f"num_visual_tokens is {self.num_visual_tokens}, but vq_config has {codes} codes")
+        if len(self.image_grid) != 2 or min(self.image_grid) < 1:
+            raise ValueError(f"image_grid must be a height and a width in codes, got {self.image_grid}")
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embeddings: text, special, spare and visual."""
+        return self.text_vocab_size + self.num_visual_tokens
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the language model."""
+        return self.text_config.hidden_size
+
+    @property
+    def vocabulary(self) -> VisualVocabulary:
+        """The arithmetic between codes and token ids."""
+        return VisualVocabulary(
+            offset=self.text_vocab_size,
+            num_codes=self.num_visual_tokens,
+            image_start=self.image_start_token_id,
+            image_end=self.image_end_token_id,
+            grid=tuple(self.image_grid),
+        )
+
+
+__all__ = ["UniTokConfig"]

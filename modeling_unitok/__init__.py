@@ -1,0 +1,1 @@
+"""Model-side code: the image tokenizer, the GPT around it, and generation."""

@@ -1,0 +1,362 @@
+"""UniTok: one causal language model over text and image tokens.
+
+    input_ids with <|image|> placeholders + pixels or codes
+        │ fill_images: pixels -> codes (frozen, fp32) -> visual token ids
+        ▼
+    token ids ── language_model (NanoChat or any other) ── lm_head ── logits over [ text | visual ]
+
+- one embedding matrix and one head over text rows and visual rows; a code is predicted as a word is
+- placeholders are filled in `input_ids` and in `labels`, so `labels=input_ids.clone()` trains on the codes
+- the loss is the weighted sum over tokens divided by `num_items_in_batch`, with its text and image part reported
+- the image tokenizer is part of the model: one checkpoint; its weights stay fp32 and frozen
+
+Letters: B batch, T sequence, V vocabulary, D hidden width, M images in the batch, h w grid.
+"""
+
+import copy
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoModel, Cache, GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithPast, ModelOutput
+from transformers.modeling_utils import slice_logits_to_keep
+
+from ..configuration.configuration_unitok import SPECIAL_TOKENS, UniTokConfig
+from .generation_unitok import UniTokGenerationMixin
+from .modeling_vq import UniTokVQModel
+
+
+SPARE_ROWS = 32  # at least so many text rows are left for tokens added later
+
+
+@dataclass
+class UniTokOutput(ModelOutput):
+    """What `UniTokForConditionalGeneration.forward` returns.
+
+    Args:
+        loss: scalar, the weighted sum over tokens divided by `num_items_in_batch` (the labelled tokens of this batch when
+            that is not given).
+        text_loss, image_loss: scalars without gradient, mean negative log-likelihood in nats per labelled text token and
+            per labelled image token; 0 where there are none.
+        logits: (B, T, V) fp32, or the last `logits_to_keep` positions.
+        past_key_values: the cache.
+    """
+
+    loss: torch.Tensor | None = None
+    text_loss: torch.Tensor | None = None
+    image_loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+
+
+class UniTokPreTrainedModel(PreTrainedModel):
+    """What both classes share: configuration, initialisation, and what the library may do with them."""
+
+    config: UniTokConfig
+    config_class = UniTokConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["NanoChatDecoderLayer", "UniTokVQModel"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _keep_in_fp32_modules_strict = ["vqmodel"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Initial values of what is not the language model's own, which initialises itself.
+
+        | parameter                  | distribution                                      |
+        | lm_head.weight             | N(0, text_config.initializer_range)               |
+        | vqmodel codebook           | N(0, 1), the scale of trained latents             |
+        | vqmodel convolutions etc.  | torch's defaults, as diffusers has them           |
+        """
+        if module is self.get_output_embeddings():
+            init.normal_(module.weight, std=self.config.text_config.initializer_range)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight)
+        elif isinstance(module, (nn.Conv2d, nn.Linear, nn.GroupNorm)):
+            module.reset_parameters()
+
+
+class UniTokModel(UniTokPreTrainedModel):
+    """The language model and the image tokenizer, without the head."""
+
+    def __init__(self, config: UniTokConfig):
+        super().__init__(config)
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.vqmodel = UniTokVQModel(**{"num_vq_embeddings": config.num_visual_tokens, **config.vq_config})
+        self.vqmodel.requires_grad_(False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def train(self, mode: bool = True):
+        """As usual, but the image tokenizer stays in evaluation mode: it is frozen."""
+        super().train(mode)
+        self.vqmodel.eval()
+        return self
+
+    def forward(self, input_ids: torch.LongTensor | None = None, **kwargs) -> BaseModelOutputWithPast:
+        """Hidden states (B, T, D) of token ids (B, T) in which no placeholder is left; arguments as the text model's."""
+        return self.language_model(input_ids=input_ids, **kwargs)
+
+
+class UniTokForConditionalGeneration(UniTokPreTrainedModel, UniTokGenerationMixin, GenerationMixin):
+    """The model that reads and draws images with next-token prediction.
+
+    Example:
+        >>> model = AutoModel.from_pretrained("out/model")
+        >>> inputs = processor(text="a red apple", generation_mode="image", return_tensors="pt")
+        >>> picture = model.decode_image_tokens(model.generate(**inputs, generation_mode="image"))
+    """
+
+    output_modalities = ("image", "text")
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+
+    def __init__(self, config: UniTokConfig):
+        super().__init__(config)
+        self.model = UniTokModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.vocabulary = config.vocabulary
+        self.post_init()
+
+    @classmethod
+    def from_parts(
+        cls, text_model: PreTrainedModel, vq_model: UniTokVQModel, tokenizer: PreTrainedTokenizerBase
+    ) -> "UniTokForConditionalGeneration":
+        """A text model that learns to draw: its vocabulary, extended by the codes of an image tokenizer.
+
+        Text rows keep their weights and ids. Visual and spare rows start at the mean of the text rows plus a hundredth
+        of their spread: equally likely, and not identical.
+
+        Args:
+            text_model: a causal language model with input and output embeddings and no bias in the head.
+            vq_model: a trained image tokenizer.
+            tokenizer: of the text model, with the special tokens of `add_special_tokens` in processing_unitok.
+
+        Returns:
+            a model in evaluation mode that owns copies of the weights.
+
+        Raises:
+            ValueError: the tokenizer lacks a special token, or the logits of the joined model differ from the text
+                model's (its head does more than a matrix product and a softcap).
+        """
+        special = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id", None) for kind in SPECIAL_TOKENS}
+        missing = [name for name, token in special.items() if token is None]
+        if missing:
+            raise ValueError(f"the tokenizer has no {', '.join(missing)}; call add_special_tokens on it first")
+        rows = text_model.get_input_embeddings().weight.shape[0]
+        text_vocab_size = math.ceil(max(rows, len(tokenizer) + SPARE_ROWS) / 64) * 64
+        config = UniTokConfig(
+            text_config=text_model.config,
+            vq_config={key: value for key, value in vq_model.config.items() if not key.startswith("_")},
+            text_vocab_size=text_vocab_size,
+            num_visual_tokens=vq_model.config.num_vq_embeddings,
+            image_grid=vq_model.grid(vq_model.config.sample_size, vq_model.config.sample_size),
+            tie_word_embeddings=text_model.config.tie_word_embeddings,
+            **special,
+        )
+        model = cls(config).to(text_model.device, text_model.dtype)
+        backbone = text_model.base_model.state_dict()
+        embedding = next(name for name, value in backbone.items() if value is text_model.get_input_embeddings().weight)
+        for target, source in (
+            (model.get_input_embeddings(), text_model.get_input_embeddings()),
+            (model.get_output_embeddings(), text_model.get_output_embeddings()),
+        ):
+            extend_rows(target.weight, source.weight)
+        model.model.language_model.load_state_dict(
+            {**backbone, embedding: model.get_input_embeddings().weight}, strict=False
+        )
+        model.model.vqmodel.load_state_dict(vq_model.state_dict())
+        model.model.vqmodel.float()
+        model.generation_config = copy.deepcopy(text_model.generation_config)
+        model.generation_config.update(**{name: special[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")})
+        model.eval()
+        probe = torch.arange(min(rows, 16), device=model.device)[None]
+        with torch.no_grad():
+            before, after = text_model.eval()(input_ids=probe).logits, model(input_ids=probe).logits
+        if not torch.allclose(before, after[..., : before.shape[-1]], atol=1e-3):
+            raise ValueError(
+                f"{type(text_model).__name__} computes its logits in a way that UniTok does not reproduce "
+                f"(largest difference {(before - after[..., : before.shape[-1]]).abs().max():.3g})"
+            )
+        return model
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.lm_head = value
+
+    def get_image_tokens(self, pixel_values: torch.Tensor) -> torch.LongTensor:
+        """Visual token ids (M, h·w), row by row, of pictures (M, 3, H, W) in [-1, 1].
+
+        Raises:
+            ValueError: pictures of another size than the model's grid, or values outside [-1, 1].
+        """
+        codes = self.model.vqmodel.encode_to_indices(pixel_values)
+        if tuple(codes.shape[1:]) != self.vocabulary.grid:
+            side = self.model.vqmodel.downsampling
+            rows, columns = self.vocabulary.grid
+            raise ValueError(
+                f"the model reads pictures of {rows * side}x{columns * side} pixels, "
+                f"got {pixel_values.shape[-2]}x{pixel_values.shape[-1]}"
+            )
+        return self.vocabulary.to_ids(codes.flatten(1))
+
+    def decode_image_tokens(self, image_tokens: torch.LongTensor) -> torch.Tensor:
+        """Pictures (M, 3, H, W) in [-1, 1] of visual token ids (M, h·w).
+
+        Raises:
+            ValueError: an id is no visual token, or a row is no whole image.
+        """
+        rows, columns = self.vocabulary.grid
+        if image_tokens.ndim != 2 or image_tokens.shape[1] != rows * columns:
+            raise ValueError(f"an image is {rows * columns} tokens, got ids of shape {tuple(image_tokens.shape)}")
+        codes = self.vocabulary.to_codes(image_tokens).unflatten(1, (rows, columns))
+        with torch.no_grad():
+            return self.model.vqmodel.decode_from_indices(codes).sample.clamp(-1, 1)
+
+    def fill_images(
+        self,
+        input_ids: torch.LongTensor,
+        pixel_values: torch.Tensor | None = None,
+        image_codes: torch.LongTensor | None = None,
+    ) -> torch.LongTensor:
+        """`input_ids` (B, T) with each placeholder replaced by the visual token it stands for, in reading order.
+
+        Args:
+            input_ids: placeholders `image_token_id`, h·w of them per image.
+            pixel_values: (M, 3, H, W) in [-1, 1], the M images of the batch in reading order.
+            image_codes: (M, h·w) or (M, h, w), in place of pixels.
+
+        Raises:
+            ValueError: both pixels and codes, or a number of images that differs from the placeholders; the first row
+                whose placeholders are no whole images is named.
+        """
+        placeholders = input_ids == self.config.image_token_id
+        if pixel_values is not None and image_codes is not None:
+            raise ValueError("pass pixel_values or image_codes, not both")
+        if pixel_values is not None:
+            tokens = self.get_image_tokens(pixel_values)
+        elif image_codes is not None:
+            tokens = self.vocabulary.to_ids(image_codes.flatten(1))
+        else:
+            tokens = input_ids.new_empty(0, self.vocabulary.codes_per_image)
+        if placeholders.sum() != tokens.numel():
+            counts = placeholders.sum(dim=1).tolist()
+            raise ValueError(
+                f"{len(tokens)} images are {tokens.numel()} tokens, but the rows of input_ids have {counts} "
+                f"placeholders (id {self.config.image_token_id}); each image needs {self.vocabulary.codes_per_image}"
+            )
+        return input_ids.masked_scatter(placeholders, tokens)
+
+    def softcap(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits as the text model has them, squashed into (-c, c) when its configuration names such a c."""
+        cap = getattr(self.config.text_config, "final_logit_softcapping", None)
+        return logits if cap is None else cap * torch.tanh(logits.float() / cap)
+
+    def token_losses(
+        self, logits: torch.Tensor, labels: torch.LongTensor, num_items_in_batch: torch.Tensor | int | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Loss, mean text loss and mean image loss of logits (B, T, V) and unshifted labels (B, T)."""
+        targets = labels[:, 1:]
+        labelled = targets != -100
+        targets = targets[labelled].to(logits.device)  # (N,)
+        nll = F.cross_entropy(logits[:, :-1][labelled].float(), targets, reduction="none")
+        visual = self.vocabulary.is_visual(targets)
+        weights = torch.where(visual, self.config.image_loss_weight, self.config.text_loss_weight)
+        items = len(targets) if num_items_in_batch is None else num_items_in_batch
+        loss = (weights * nll).sum() / items
+        text_loss, image_loss = ((nll * kind).sum() / kind.sum().clamp(min=1) for kind in (~visual, visual))
+        return loss, text_loss.detach(), image_loss.detach()
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_codes: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs,
+    ) -> UniTokOutput:
+        """Logits, and the loss when labels are given.
+
+        Args:
+            input_ids: (B, T), with placeholders for the images that `pixel_values` or `image_codes` bring.
+            pixel_values: (M, 3, H, W) in [-1, 1].
+            image_codes: (M, h·w) int64, in place of `pixel_values`.
+            labels: (B, T), token ids or placeholders where `input_ids` has them; -100 is ignored. Shifted inside.
+            num_items_in_batch: labelled tokens over all accumulated batches and processes; the loss is divided by it.
+            logits_to_keep: compute logits for the last so many positions only; 0 for all.
+
+        Raises:
+            ValueError: see `fill_images`; or a placeholder is left where no image came.
+        """
+        if inputs_embeds is None and (past_key_values is None or past_key_values.get_seq_length() == 0):
+            filled = self.fill_images(input_ids, pixel_values, image_codes)
+            if labels is not None:
+                labels = torch.where(labels == self.config.image_token_id, filled, labels)
+            input_ids = filled
+        outputs = self.model.language_model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
+        logits = self.softcap(self.lm_head(hidden))  # (B, T, V)
+        loss = text_loss = image_loss = None
+        if labels is not None:
+            loss, text_loss, image_loss = self.token_losses(logits, labels, num_items_in_batch)
+        return UniTokOutput(
+            loss=loss,
+            text_loss=text_loss,
+            image_loss=image_loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+@torch.no_grad()
+def extend_rows(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Copy the rows of `source` (R, D) into `target` (V, D); the rest is their mean with a hundredth of their spread."""
+    rows = source.shape[0]
+    target[:rows] = source
+    target[rows:] = source.mean(dim=0) + 0.01 * source.std(dim=0) * torch.randn_like(target[rows:])
+
+
+__all__ = ["UniTokForConditionalGeneration", "UniTokModel", "UniTokPreTrainedModel"]

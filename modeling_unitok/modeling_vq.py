@@ -1,0 +1,308 @@
+"""UniTokVQModel: pictures to codes and back.
+
+    pixels (B, 3, H, W) --unshuffle--> (B, 3p², H/p, W/p) --encoder--> latents (B, d, h, w)
+    latents --nearest code--> codes (B, h, w) --embedding--> (B, d, h, w) --decoder, shuffle--> pixels
+
+- a VQGAN (arXiv:2012.09841) in the layout of `diffusers.VQModel`: same constructor arguments, same submodules, same
+  keys in the checkpoint; a saved folder loads in stock diffusers and gives the same codes
+- `patch_size` p moves p x p pixels into channels before the first convolution (pixel unshuffle), because on small
+  machines the full-resolution convolutions eat the time. The network inside stays stock: with p > 1, stock `VQModel`
+  takes `pixel_unshuffle(pixels, p)` and returns a picture for `pixel_shuffle(sample, p)`; with p = 1, plain pixels
+- adds what diffusers lacks: codes of a picture, a picture from codes, statistics of the codebook
+- one nearest-neighbour lookup, `nearest_codes`, for training, encoding and evaluation: fp32, chunked, no (N, K) matrix
+
+Letters: B batch, H W picture, h w grid, K codes, d code width, N latent vectors, p patch size.
+"""
+
+import json
+import math
+
+import torch
+import torch.nn.functional as F
+from diffusers import VQModel
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.autoencoders.vae import DecoderOutput, VectorQuantizer
+from diffusers.models.autoencoders.vq_model import VQEncoderOutput
+from torch import nn
+
+
+LOOKUP_BYTES = 64 * 2**20  # the (rows, K) block of scores that the lookup holds at a time
+
+
+@torch.no_grad()
+def nearest_codes(latents: torch.Tensor, codebook: torch.Tensor) -> torch.LongTensor:
+    """Index of the Euclidean nearest codebook row of each latent vector.
+
+    argmin ||z - e||² = argmax z·e - ||e||²/2, so ||z||² is never needed. Both sides are shifted by the mean code first:
+    distances do not change, but fp32 loses fewer digits when the codes lie far from the origin.
+
+    Args:
+        latents: (N, d), any floating dtype; computed in fp32, with TF32 and autocast off: a rounded score picks another
+            code, and codes are what everything downstream is trained on.
+        codebook: (K, d).
+
+    Returns:
+        (N,) int64 in [0, K).
+    """
+    with torch.autocast(latents.device.type, enabled=False), _no_tf32(latents.device):
+        codebook = codebook.detach().float()
+        centre = codebook.mean(dim=0)
+        codebook = codebook - centre
+        bias = -0.5 * codebook.square().sum(dim=1)  # (K,)
+        rows = max(1, LOOKUP_BYTES // (4 * codebook.shape[0]))
+        codes = torch.empty(latents.shape[0], dtype=torch.int64, device=latents.device)
+        for start in range(0, latents.shape[0], rows):
+            z = latents[start : start + rows].detach().float() - centre
+            codes[start : start + rows] = torch.addmm(bias, z, codebook.T).argmax(dim=1)
+    return codes
+
+
+class _no_tf32:
+    """Full fp32 matrix products on CUDA inside this block, whatever the training run has chosen."""
+
+    def __init__(self, device: torch.device):
+        self.active = device.type == "cuda"
+
+    def __enter__(self):
+        if self.active:
+            self.before = torch.get_float32_matmul_precision()
+            torch.set_float32_matmul_precision("highest")
+
+    def __exit__(self, *_):
+        if self.active:
+            torch.set_float32_matmul_precision(self.before)
+
+
+class CodebookQuantizer(VectorQuantizer):
+    """The stock quantizer (key `embedding.weight`) over `nearest_codes`, with the commitment weight on the right term.
+
+    Stock `VectorQuantizer` builds the whole (N, K) distance matrix and, through its `legacy` default, puts beta on the
+    codebook term instead of the commitment term (diffusers issue 8226).
+    """
+
+    def __init__(self, num_codes: int, width: int):
+        super().__init__(num_codes, width, beta=0.25, legacy=False)
+
+    def forward(self, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, tuple[None, None, torch.LongTensor]]:
+        """Quantise latents (B, d, h, w); returns them with a straight-through gradient, the loss, and flat codes."""
+        rows = z.permute(0, 2, 3, 1).float()  # (B, h, w, d)
+        codes = nearest_codes(rows.flatten(0, 2), self.embedding.weight)  # (B·h·w,)
+        chosen = self.embedding(codes).view(rows.shape).float()
+        loss = self.beta * F.mse_loss(rows, chosen.detach()) + F.mse_loss(chosen, rows.detach())
+        quantized = (rows + (chosen - rows).detach()).permute(0, 3, 1, 2).to(z.dtype)
+        return quantized.contiguous(), loss, (None, None, codes)
+
+
+class UniTokVQModel(VQModel):
+    """Image tokenizer in the layout of `diffusers.VQModel`.
+
+    The defaults make the tokenizer of the guide: 64x64 pictures, downsampling 16, a 4x4 grid of 1,024 codes.
+
+    Args:
+        in_channels, out_channels: channels of the inner network, 3 · patch_size² both.
+        down_block_types, up_block_types: one per entry of `block_out_channels`; plain convolutional blocks by default.
+        block_out_channels: widths; each level but the last halves the resolution.
+        latent_channels, vq_embed_dim: width of a code; keep them equal, as aMUSEd's pipelines assume.
+        sample_size: side of the training pictures in pixels.
+        num_vq_embeddings: size K of the codebook.
+        patch_size: pixels per side that become channels; derived from `in_channels` when not given.
+
+    The other arguments are those of `diffusers.VQModel`.
+
+    Raises:
+        ValueError: channels, patch size and block lists do not fit together.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["ResnetBlock2D", "CodebookQuantizer"]
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 48,
+        out_channels: int = 48,
+        down_block_types: tuple[str, ...] | None = None,
+        up_block_types: tuple[str, ...] | None = None,
+        block_out_channels: tuple[int, ...] = (64, 128, 128),
+        layers_per_block: int = 1,
+        act_fn: str = "silu",
+        latent_channels: int = 16,
+        sample_size: int = 64,
+        num_vq_embeddings: int = 1024,
+        norm_num_groups: int = 32,
+        vq_embed_dim: int | None = None,
+        scaling_factor: float = 0.18215,
+        norm_type: str = "group",
+        mid_block_add_attention: bool = True,
+        lookup_from_codebook: bool = False,
+        force_upcast: bool = False,
+        patch_size: int | None = None,
+    ):
+        levels = len(block_out_channels)
+        down_block_types = tuple(down_block_types or ["DownEncoderBlock2D"] * levels)
+        up_block_types = tuple(up_block_types or ["UpDecoderBlock2D"] * levels)
+        vq_embed_dim = vq_embed_dim or latent_channels
+        patch_size = patch_size or math.isqrt(in_channels // 3)
+        if not len(down_block_types) == len(up_block_types) == levels:
+            raise ValueError(
+                f"{levels} block_out_channels need as many down_block_types and up_block_types, "
+                f"got {len(down_block_types)} and {len(up_block_types)}"
+            )
+        if not in_channels == out_channels == 3 * patch_size**2:
+            raise ValueError(
+                f"patch_size {patch_size} needs in_channels = out_channels = {3 * patch_size**2}, "
+                f"got {in_channels} and {out_channels}"
+            )
+        super().__init__(
+            in_channels=in_channels,
+            out_channels=out_channels,
+            down_block_types=down_block_types,
+            up_block_types=up_block_types,
+            block_out_channels=block_out_channels,
+            layers_per_block=layers_per_block,
+            act_fn=act_fn,
+            latent_channels=latent_channels,
+            sample_size=sample_size,
+            num_vq_embeddings=num_vq_embeddings,
+            norm_num_groups=norm_num_groups,
+            vq_embed_dim=vq_embed_dim,
+            scaling_factor=scaling_factor,
+            norm_type=norm_type,
+            mid_block_add_attention=mid_block_add_attention,
+            lookup_from_codebook=lookup_from_codebook,
+            force_upcast=force_upcast,
+        )
+        self.register_to_config(
+            down_block_types=down_block_types,
+            up_block_types=up_block_types,
+            vq_embed_dim=vq_embed_dim,
+            patch_size=patch_size,
+        )
+        self.quantize = CodebookQuantizer(num_vq_embeddings, vq_embed_dim)
+
+    @property
+    def codebook(self) -> nn.Parameter:
+        """The codes as vectors, (K, d)."""
+        return self.quantize.embedding.weight
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels per side of one code."""
+        return self.config.patch_size * 2 ** (len(self.config.block_out_channels) - 1)
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of codes of a picture of this size in pixels.
+
+        Raises:
+            ValueError: a side is no multiple of the downsampling factor (stock diffusers would silently crop).
+        """
+        if height % self.downsampling or width % self.downsampling:
+            raise ValueError(
+                f"a picture of {height}x{width} pixels does not divide into codes of "
+                f"{self.downsampling}x{self.downsampling}; resize it to multiples of {self.downsampling}"
+            )
+        return height // self.downsampling, width // self.downsampling
+
+    def encode(self, x: torch.Tensor, return_dict: bool = True) -> VQEncoderOutput | tuple[torch.Tensor]:
+        """Continuous latents (B, d, h, w) of pictures (B, 3, H, W), before quantisation."""
+        if x.ndim != 4 or x.shape[1] != 3:
+            raise ValueError(f"pictures must have shape (B, 3, H, W), got {tuple(x.shape)}")
+        self.grid(*x.shape[-2:])
+        return super().encode(F.pixel_unshuffle(x, self.config.patch_size), return_dict=return_dict)
+
+    def decode(
+        self, h: torch.Tensor, force_not_quantize: bool = False, return_dict: bool = True, shape=None
+    ) -> DecoderOutput | tuple[torch.Tensor, torch.Tensor]:
+        """Pictures (B, 3, H, W) of latents (B, d, h, w), which are quantised first unless told otherwise."""
+        sample, commit_loss = super().decode(h, force_not_quantize, return_dict=False, shape=shape)
+        sample = F.pixel_shuffle(sample, self.config.patch_size)
+        return DecoderOutput(sample=sample, commit_loss=commit_loss) if return_dict else (sample, commit_loss)
+
+    @torch.no_grad()
+    def encode_to_indices(self, pixel_values: torch.Tensor) -> torch.LongTensor:
+        """Codes of pictures.
+
+        Args:
+            pixel_values: (B, 3, H, W), floating, in [-1, 1].
+
+        Returns:
+            (B, h, w) int64 in [0, K).
+
+        Raises:
+            ValueError: wrong shape, or values outside [-1, 1] (with the value seen).
+        """
+        low, high = torch.aminmax(pixel_values)
+        if not (low >= -1.01 and high <= 1.01):
+            raise ValueError(
+                f"pixel values must lie in [-1, 1], got [{low.item():g}, {high.item():g}]; "
+                "UniTokImageProcessor makes them so"
+            )
+        latents = self.encode(pixel_values.to(self.dtype)).latents  # (B, d, h, w)
+        batch, _, height, width = latents.shape
+        rows = latents.permute(0, 2, 3, 1).flatten(0, 2)
+        return nearest_codes(rows, self.codebook).view(batch, height, width)
+
+    def indices_to_latents(self, indices: torch.LongTensor) -> torch.Tensor:
+        """Code vectors (B, d, h, w) of codes (B, h, w).
+
+        Raises:
+            ValueError: not integers, not three-dimensional, or a code outside [0, K), with its position.
+        """
+        if indices.ndim != 3 or indices.is_floating_point():
+            raise ValueError(f"codes must be integers of shape (B, h, w), got {indices.dtype} {tuple(indices.shape)}")
+        bad = (indices < 0) | (indices >= self.config.num_vq_embeddings)
+        if bad.any():
+            where = bad.nonzero()[0].tolist()
+            raise ValueError(
+                f"code {int(indices[tuple(where)])} at {where} is outside the codebook "
+                f"[0, {self.config.num_vq_embeddings}); were these codes made by another tokenizer?"
+            )
+        return self.quantize.embedding(indices).permute(0, 3, 1, 2).contiguous()
+
+    def decode_from_indices(self, indices: torch.LongTensor, return_dict: bool = True) -> DecoderOutput:
+        """Pictures of codes.
+
+        Args:
+            indices: (B, h, w), or (B, h·w) row by row for square grids.
+
+        Returns:
+            `DecoderOutput` with `sample` (B, 3, H, W), meant to lie in [-1, 1] (the network does not clamp).
+
+        Raises:
+            ValueError: as `indices_to_latents`; or a flat row that is not a square grid.
+        """
+        if indices.ndim == 2:
+            side = math.isqrt(indices.shape[1])
+            if side * side != indices.shape[1]:
+                raise ValueError(f"{indices.shape[1]} codes are no square grid; pass them as (B, h, w)")
+            indices = indices.unflatten(1, (side, side))
+        quantized = self.indices_to_latents(indices)
+        features = self.decoder(
+            self.post_quant_conv(quantized), quantized if self.config.norm_type == "spatial" else None
+        )
+        sample = F.pixel_shuffle(features, self.config.patch_size)
+        return DecoderOutput(sample=sample) if return_dict else (sample,)
+
+    get_code = encode_to_indices
+    decode_code = decode_from_indices
+
+    def codebook_stats(self, codes: torch.LongTensor) -> dict[str, float]:
+        """How well a set of codes uses the codebook.
+
+        Args:
+            codes: any shape, the codes of as many pictures as possible: N codes can show at most N of K in use.
+
+        Returns:
+            `usage`, the fraction of codes that occur; `perplexity`, exp of the entropy of their distribution in nats,
+            at most K.
+        """
+        counts = torch.bincount(codes.flatten(), minlength=self.config.num_vq_embeddings).double()
+        shares = counts / counts.sum()
+        entropy = -torch.special.xlogy(shares, shares).sum()
+        return {"usage": (counts > 0).double().mean().item(), "perplexity": entropy.exp().item()}
+
+    def to_json_string(self) -> str:
+        """The configuration as saved: under the stock class name, by which `diffusers.AutoModel` finds it."""
+        config = json.loads(super().to_json_string())
+        config["_class_name"] = VQModel.__name__
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"

@@ -1,0 +1,160 @@
+"""UniTokProcessor: text and pictures to one stream of ids, and streams back to text and pictures.
+
+    "a red <|image|> apple", [picture]   ->   bos a red image_start <|image|>·n image_end apple     + pixel_values
+
+- an image stands at each `<|image|>` of the text; without any, the images of a sample come before its text
+- `generation_mode="image"` ends the prompt with image_start: the next token is a code
+- placeholders become codes inside the model, which knows the image tokenizer
+"""
+
+from typing import Literal
+
+import torch
+from PIL import Image
+from transformers import BatchFeature, PreTrainedTokenizerBase
+from transformers.image_utils import ImageInput
+from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, Unpack
+
+from .image_processing_unitok import to_pictures
+
+
+UNITOK_TOKENS = {
+    "image_token": "<|image|>",
+    "image_start_token": "<|image_start|>",
+    "image_end_token": "<|image_end|>",
+    "uncond_token": "<|uncond|>",
+}
+PAD_TOKEN = "<|pad|>"
+
+
+def add_special_tokens(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Give a text tokenizer the special tokens UniTok needs, in place; returns it.
+
+    Adds `<|image|>`, `<|image_start|>`, `<|image_end|>` and `<|uncond|>` under the attributes `image_token` and so on, and
+    a pad token where there is none or where it is the eos token (the embedding of the pad token is never trained).
+
+    Raises:
+        ValueError: the tokenizer has no bos or no eos token.
+    """
+    if tokenizer.bos_token is None or tokenizer.eos_token is None:
+        raise ValueError("the tokenizer needs a bos_token and an eos_token; set them before add_special_tokens")
+    tokenizer._set_model_specific_special_tokens(UNITOK_TOKENS)
+    tokenizer.add_special_tokens(UNITOK_TOKENS)
+    if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
+        tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
+    return tokenizer
+
+
+class UniTokProcessorKwargs(ProcessingKwargs, total=False):
+    """Arguments of a call beside those of the tokenizer and the image processor.
+
+    generation_mode (`str`, *optional*, defaults to `"text"`):
+        "image" ends every prompt with the token that begins an image.
+    """
+
+    generation_mode: str
+
+
+class UniTokProcessor(ProcessorMixin):
+    """Processor of UniTok models.
+
+    Args:
+        image_processor: a `UniTokImageProcessor`.
+        tokenizer: a fast tokenizer with the tokens of `add_special_tokens`.
+        chat_template: Jinja template of conversations with image parts.
+        num_image_tokens: codes per image.
+
+    Example:
+        >>> processor(text="a red apple", generation_mode="image", return_tensors="pt")
+        >>> processor(images=picture, text="", return_tensors="pt")
+    """
+
+    valid_processor_kwargs = UniTokProcessorKwargs
+    text_kwargs = {"padding": True, "padding_side": "left"}
+    generation_mode = "text"
+
+    def __init__(self, image_processor, tokenizer, chat_template: str | None = None, num_image_tokens: int = 16, **kwargs):
+        missing = [name for name in UNITOK_TOKENS if getattr(tokenizer, name, None) is None]
+        if missing:
+            raise ValueError(f"the tokenizer has no {', '.join(missing)}; call add_special_tokens on it first")
+        self.num_image_tokens = num_image_tokens
+        self.image_token = tokenizer.image_token
+        self.image_token_id = tokenizer.image_token_id
+        self.image_start_token = tokenizer.image_start_token
+        self.image_end_token = tokenizer.image_end_token
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    def __call__(
+        self,
+        images: ImageInput | list[list[Image.Image]] | None = None,
+        text: str | list[str] | None = None,
+        **kwargs: Unpack[UniTokProcessorKwargs],
+    ) -> BatchFeature:
+        """`input_ids`, `attention_mask` and, with images, `pixel_values` (M, 3, H, W) in reading order.
+
+        Args:
+            images: pictures of the samples: a flat list, or one list per sample.
+            text: one string per sample; may be left out when there are images.
+            **kwargs: `generation_mode`, and those of the tokenizer and the image processor.
+
+        Raises:
+            ValueError: an unknown mode, or pictures that do not match the samples or their placeholders.
+        """
+        mode = kwargs.get("generation_mode", self.generation_mode)
+        if mode not in ("text", "image"):
+            raise ValueError(f'generation_mode of the processor must be "text" or "image", got {mode!r}')
+        texts = [text] if isinstance(text, str) else text
+        if images is not None:
+            images = self._per_sample(images, None if texts is None else len(texts))
+            texts = [""] * len(images) if texts is None else list(texts)
+            if not any(self.image_token in sample for sample in texts):
+                texts = [self.image_token * len(own) + sample for own, sample in zip(images, texts, strict=True)]
+            images = [picture for own in images for picture in own]
+        if texts is not None and mode == "image":
+            texts = [sample + self.image_start_token for sample in texts]
+        return super().__call__(images=images or None, text=texts, **kwargs)
+
+    def _per_sample(self, images, samples: int | None) -> list[list]:
+        """Images as one list per sample."""
+        if not isinstance(images, list | tuple):
+            images = [images]
+        if images and isinstance(images[0], list | tuple):
+            nested = [list(own) for own in images]
+        elif samples == 1:
+            nested = [list(images)]
+        else:
+            nested = [[picture] for picture in images]
+        if samples is not None and len(nested) != samples:
+            raise ValueError(
+                f"{samples} texts, but images for {len(nested)} samples; pass one list of images per text"
+            )
+        return nested
+
+    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
+        """What one `<|image|>` of the text becomes."""
+        return self.image_start_token + self.image_token * self.num_image_tokens + self.image_end_token
+
+    def postprocess(self, images: torch.Tensor, **kwargs) -> BatchFeature:
+        """As the image processor's: `pixel_values`, PIL pictures of (B, 3, H, W) in [-1, 1]."""
+        return self.image_processor.postprocess(images, **kwargs)
+
+    def post_process_multimodal_output(
+        self, generated_outputs, skip_special_tokens: bool = True, generation_mode: str | None = None, **kwargs
+    ) -> list[str] | list[Image.Image]:
+        """Strings of generated ids, or PIL pictures of decoded images when `generation_mode` is "image"."""
+        if generation_mode == "image":
+            return to_pictures(generated_outputs)
+        return self.batch_decode(generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs)
+
+    def decode_mixed(
+        self, ids: torch.LongTensor, model, on_error: Literal["raise", "skip", "pad"] = "raise"
+    ) -> list[list[str | Image.Image]]:
+        """Streams (B, T) as lists of strings and PIL pictures; empty text and images that were skipped are left out."""
+        rows = []
+        for segments in model.decode_mixed_tokens(ids, tokenizer=self.tokenizer, on_error=on_error):
+            parts = [to_pictures(part.image[None])[0] if part.image is not None else part.text for part in segments]
+            rows.append([part for part in parts if part])
+        return rows
+
+
+__all__ = ["UniTokProcessor", "add_special_tokens"]
