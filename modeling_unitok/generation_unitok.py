@@ -266,7 +266,12 @@ class UniTokGenerationMixin:
             )
         grammar = ImageGrammar(
             self.vocabulary,
-            [self.config.bos_token_id, self.config.pad_token_id, self.config.image_token_id, self.config.uncond_token_id],
+            [
+                self.config.bos_token_id,
+                self.config.pad_token_id,
+                self.config.image_token_id,
+                self.config.uncond_token_id,
+            ],
             generation_mode,
             eos,
             input_ids.shape[1],

@@ -142,8 +142,9 @@ class UniTokForConditionalGeneration(UniTokPreTrainedModel, UniTokGenerationMixi
     ) -> "UniTokForConditionalGeneration":
         """A text model that learns to draw: its vocabulary, extended by the codes of an image tokenizer.
 
-        Text rows keep their weights and ids. Visual and spare rows start at the mean of the text rows plus a hundredth
-        of their spread: equally likely, and not identical.
+        Text rows keep their weights and ids. New rows of the input embedding are drawn with the mean and spread of the
+        text rows; new rows of the head lie at their mean with a hundredth of the spread, so that at first no code is
+        likelier than a middling word (as all new rows do when both are one matrix).
 
         Args:
             text_model: a causal language model with input and output embeddings and no bias in the head.
@@ -173,22 +174,25 @@ class UniTokForConditionalGeneration(UniTokPreTrainedModel, UniTokGenerationMixi
             **special,
         )
         model = cls(config).to(text_model.device, text_model.dtype)
-        backbone = text_model.base_model.state_dict()
-        embedding = next(name for name, value in backbone.items() if value is text_model.get_input_embeddings().weight)
-        for target, source in (
-            (model.get_input_embeddings(), text_model.get_input_embeddings()),
-            (model.get_output_embeddings(), text_model.get_output_embeddings()),
-        ):
-            extend_rows(target.weight, source.weight)
-        model.model.language_model.load_state_dict(
-            {**backbone, embedding: model.get_input_embeddings().weight}, strict=False
+        tied = config.tie_word_embeddings
+        extend_rows(
+            model.get_input_embeddings().weight, text_model.get_input_embeddings().weight, 0.01 if tied else 1.0
         )
+        if not tied:
+            extend_rows(model.get_output_embeddings().weight, text_model.get_output_embeddings().weight, 0.01)
+        backbone = text_model.base_model
+        embedding = next(name for name, part in backbone.named_modules() if part is backbone.get_input_embeddings())
+        weights = backbone.state_dict() | {f"{embedding}.weight": model.get_input_embeddings().weight}
+        model.model.language_model.load_state_dict(weights)
         model.model.vqmodel.load_state_dict(vq_model.state_dict())
         model.model.vqmodel.float()
         model.generation_config = copy.deepcopy(text_model.generation_config)
-        model.generation_config.update(**{name: special[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")})
+        model.generation_config.update(
+            **{name: special[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        )
         model.eval()
-        probe = torch.arange(min(rows, 16), device=model.device)[None]
+        words = [token for token in range(rows) if token not in special.values()][:16]
+        probe = torch.tensor([words], device=model.device)
         with torch.no_grad():
             before, after = text_model.eval()(input_ids=probe).logits, model(input_ids=probe).logits
         if not torch.allclose(before, after[..., : before.shape[-1]], atol=1e-3):
@@ -352,11 +356,12 @@ class UniTokForConditionalGeneration(UniTokPreTrainedModel, UniTokGenerationMixi
 
 
 @torch.no_grad()
-def extend_rows(target: torch.Tensor, source: torch.Tensor) -> None:
-    """Copy the rows of `source` (R, D) into `target` (V, D); the rest is their mean with a hundredth of their spread."""
+def extend_rows(target: torch.Tensor, source: torch.Tensor, spread: float) -> None:
+    """Copy the rows of `source` (R, D) to the top of `target` (V, D); draw the rest with their mean and a share of their
+    spread."""
     rows = source.shape[0]
     target[:rows] = source
-    target[rows:] = source.mean(dim=0) + 0.01 * source.std(dim=0) * torch.randn_like(target[rows:])
+    target[rows:] = source.mean(dim=0) + spread * source.std(dim=0) * torch.randn_like(target[rows:])
 
 
 __all__ = ["UniTokForConditionalGeneration", "UniTokModel", "UniTokPreTrainedModel"]

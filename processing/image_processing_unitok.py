@@ -44,7 +44,9 @@ class UniTokImageProcessor(PilBackend):
             image = load_rgb(image)
         return super().process_image(image, do_convert_rgb=do_convert_rgb, **kwargs)
 
-    def _preprocess(self, images: list[np.ndarray], do_resize, size, do_center_crop, crop_size, **kwargs) -> BatchFeature:
+    def _preprocess(
+        self, images: list[np.ndarray], do_resize, size, do_center_crop, crop_size, **kwargs
+    ) -> BatchFeature:
         side = crop_size.height if do_resize and do_center_crop else None
         if side is not None and side == crop_size.width == size.shortest_edge:
             do_resize = do_center_crop = False

@@ -73,7 +73,9 @@ class UniTokProcessor(ProcessorMixin):
     text_kwargs = {"padding": True, "padding_side": "left"}
     generation_mode = "text"
 
-    def __init__(self, image_processor, tokenizer, chat_template: str | None = None, num_image_tokens: int = 16, **kwargs):
+    def __init__(
+        self, image_processor, tokenizer, chat_template: str | None = None, num_image_tokens: int = 16, **kwargs
+    ):
         missing = [name for name in UNITOK_TOKENS if getattr(tokenizer, name, None) is None]
         if missing:
             raise ValueError(f"the tokenizer has no {', '.join(missing)}; call add_special_tokens on it first")

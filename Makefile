@@ -1,0 +1,32 @@
+# Every target but `clean` first makes .venv with what it needs; the second time that costs nothing.
+
+PYTHON ?= python3
+VENV := .venv
+INSTALLED := $(VENV)/.installed
+
+help:  ## show this list
+	@sed -n 's/^\([a-z-]*\):.*  ## /\1	/p' $(MAKEFILE_LIST) | expand -t 12
+
+demo: $(INSTALLED)  ## learn handwritten digits and draw them: minutes, then look into out/demo
+	$(VENV)/bin/unitok-hf demo
+
+test: $(INSTALLED)  ## run the tests, without the slow ones
+	$(VENV)/bin/python -m pytest
+
+test-slow: $(INSTALLED)  ## run the slow tests, some of which need the network
+	$(VENV)/bin/python -m pytest -m slow
+
+lint: $(INSTALLED)  ## check style and format
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+
+clean:  ## remove .venv, builds and caches; out/ stays
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(INSTALLED): setup.py pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install -c constraints.txt -e '.[test]'
+	touch $@
+
+.PHONY: help demo test test-slow lint clean

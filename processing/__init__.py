@@ -1,0 +1,1 @@
+"""From pictures and text to model inputs, and back."""

@@ -1,0 +1,44 @@
+"""Installs the folders at the root as the subpackages of one import package, `unitok_hf`, and says what it needs.
+
+Names and tools are in pyproject.toml, the exact versions that were tested together in constraints.txt.
+"""
+
+from setuptools import setup
+
+
+FOLDERS = ("modeling_unitok", "configuration", "processing", "training")
+
+NEEDS = [
+    "torch>=2.6",  # transformers' own lower bound; tested with 2.13
+    "transformers>=5.23,<6",  # 5.23 changed how processors declare their defaults; 6 will remove aliases
+    "diffusers>=0.42",  # the oldest tried; VQModel's saved folder is a contract between us
+    "datasets>=5,<6",  # the oldest tried; the Image feature's schema is what the Hub viewer reads
+    "accelerate>=1.1",  # the Trainer's own lower bound
+    "huggingface_hub>=2,<3",  # the oldest tried; below 3 as transformers asks
+    "pillow",  # no bound: trackers and gradio still ask for <13
+    "numpy",  # no bound: whatever torch and datasets agree on
+    "pyarrow>=24",  # the lower bound of datasets 5
+    "torchmetrics",  # no bound: PSNR and SSIM
+    "tqdm",  # no bound: progress bars
+    "pyyaml",  # no bound: config files
+]
+
+EXTRAS = {
+    "demo": [
+        "scikit-learn",  # the handwritten digits, and the classifier that judges the drawings
+        "matplotlib",  # the report
+    ],
+    "test": [
+        "unitok-hf[demo]",
+        "pytest>=8",
+        "ruff",
+    ],
+}
+
+setup(
+    packages=["unitok_hf", *(f"unitok_hf.{folder}" for folder in FOLDERS)],
+    package_dir={"unitok_hf": "unitok_hf", **{f"unitok_hf.{folder}": folder for folder in FOLDERS}},
+    py_modules=["unitok_hf_cli"],
+    install_requires=NEEDS,
+    extras_require=EXTRAS,
+)

@@ -1,0 +1,219 @@
+"""From Parquet rows to batches.
+
+    PictureDataset, PictureCollator     for the tokenizer: pixels
+    StreamDataset, StreamCollator       for the GPT: token streams with placeholders, and the pixels to fill them
+
+What is random about a sample (its order, a dropped caption, the augmentation) is drawn from (seed, epoch, index) alone:
+it does not depend on workers, processes, prefetching, or on where a run was resumed.
+
+Every picture in the Parquet of `prepare-data` is square, RGB and of one size; nothing is resized here.
+"""
+
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+from PIL import Image
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+
+from .augmentation import AUGMENTATIONS
+
+
+def read_rows(data_path: str) -> datasets.Dataset:
+    """The rows of Parquet data, memory-mapped.
+
+    Args:
+        data_path: a Parquet file, a folder of them, or a pattern such as `data/emoji-*.parquet`.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        ValueError: there is no `image` column of pictures, or no row.
+    """
+    path = Path(data_path)
+    if path.is_dir():
+        files = sorted(path.glob("*.parquet"))
+    else:
+        files = [path] if path.exists() else sorted(path.parent.glob(path.name))
+    if not files:
+        raise FileNotFoundError(f"no Parquet data at {data_path}; make some with `unitok-hf prepare-data`")
+    rows = datasets.load_dataset("parquet", data_files=[str(file) for file in files], split="train")
+    if not isinstance(rows.features.get("image"), datasets.Image):
+        raise ValueError(f"{data_path} has no column `image` of pictures, only {', '.join(rows.column_names)}")
+    if len(rows) == 0:
+        raise ValueError(f"{data_path} has no rows")
+    return rows
+
+
+def hold_out(rows: datasets.Dataset, fraction: float, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """Rows for training and a random share for validation, at least one each.
+
+    Raises:
+        ValueError: fewer than two rows.
+    """
+    if len(rows) < 2:
+        raise ValueError(f"{len(rows)} row cannot be split into training and validation; pass --eval_data_path")
+    held = min(max(1, round(fraction * len(rows))), len(rows) - 1)
+    parts = rows.train_test_split(test_size=held, seed=seed)
+    return parts["train"], parts["test"]
+
+
+def training_and_validation(
+    data_path: str, eval_data_path: str | None, validation_fraction: float, seed: int
+) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """Training rows and validation rows: of their own file, or held out of the training data."""
+    rows = read_rows(data_path)
+    if eval_data_path is not None:
+        return rows, read_rows(eval_data_path)
+    return hold_out(rows, validation_fraction, seed)
+
+
+def require_column(rows: datasets.Dataset, name: str) -> None:
+    """Raises ValueError, with the columns there are, unless the rows have one of this name."""
+    if name not in rows.column_names:
+        raise ValueError(f"the data has no column {name!r}, only {', '.join(rows.column_names)}")
+
+
+def require_size(rows: datasets.Dataset, image_size: int) -> None:
+    """Raises ValueError unless the first picture is a square of this size in pixels."""
+    picture = next((picture for picture in rows["image"] if picture is not None), None)
+    if picture is None:
+        raise ValueError("no row of the data has a picture")
+    if picture.size != (image_size, image_size):
+        width, height = picture.size
+        raise ValueError(
+            f"the pictures are {width}x{height} pixels, not {image_size}x{image_size}; "
+            f"prepare the data again with --image_size {image_size}"
+        )
+
+
+def to_pixels(picture: Image.Image) -> torch.Tensor:
+    """(3, H, W) in [-1, 1] of an RGB picture, with the arithmetic of `UniTokImageProcessor`."""
+    levels = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
+    return (levels.float() * (1 / 255) - 0.5) / 0.5
+
+
+class EpochDataset(torch.utils.data.Dataset):
+    """Rows whose samples may be random; `epoch` changes what is drawn."""
+
+    def __init__(self, rows: datasets.Dataset, augment: str, seed: int):
+        self.rows, self.seed, self.epoch = rows, seed, 0
+        self.augmentation = AUGMENTATIONS[augment]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def generator(self, index: int) -> torch.Generator:
+        """Randomness of one sample in this epoch."""
+        seeds = np.random.SeedSequence([self.seed, self.epoch, index]).generate_state(2, np.uint32)
+        return torch.Generator().manual_seed(int(seeds[0]) << 32 | int(seeds[1]))
+
+
+class EpochCallback(TrainerCallback):
+    """Tells the training data which epoch begins."""
+
+    def on_epoch_begin(self, args, state, control, train_dataloader, **_):
+        train_dataloader.dataset.epoch = int(state.epoch or 0)
+
+
+class PictureDataset(EpochDataset):
+    """Rows to pixels (3, H, W) in [-1, 1]."""
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return self.augmentation(to_pixels(self.rows[index]["image"]), self.generator(index))
+
+
+class PictureCollator:
+    """Pixels to `pixel_values` (B, 3, H, W)."""
+
+    def __call__(self, pixels: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {"pixel_values": torch.stack(pixels)}
+
+
+class StreamDataset(EpochDataset):
+    """Rows to token streams.
+
+        image first:   bos image_start code·n image_end  text  eos
+        text first:    bos  text  image_start code·n image_end eos
+        caption gone:  bos <|uncond|> image_start code·n image_end eos
+
+    Codes are placeholders here. The text of a row may be missing, its picture too. A text that makes the stream longer
+    than `max_length` loses its end; an image is never cut.
+
+    Args:
+        rows: with a column `text_column`, and `image` unless only text is wanted.
+        tokenizer: with the tokens of `add_special_tokens`; control tokens inside captions are read as plain text.
+        codes_per_image: n.
+        image_first: share of samples with the image before the text.
+        caption_dropout: share of text-first samples whose text is replaced by <|uncond|>, for guidance.
+        max_length: longest stream.
+        augment: "none" or "affine".
+        seed: of everything random.
+    """
+
+    def __init__(
+        self,
+        rows: datasets.Dataset,
+        tokenizer: PreTrainedTokenizerBase,
+        codes_per_image: int,
+        text_column: str,
+        image_first: float,
+        caption_dropout: float,
+        max_length: int,
+        augment: str,
+        seed: int,
+    ):
+        super().__init__(rows, augment, seed)
+        self.tokenizer, self.text_column = tokenizer, text_column
+        self.image_first, self.caption_dropout, self.max_length = image_first, caption_dropout, max_length
+        self.image = [
+            tokenizer.image_start_token_id,
+            *[tokenizer.image_token_id] * codes_per_image,
+            tokenizer.image_end_token_id,
+        ]
+        if max_length < len(self.image) + 3:
+            raise ValueError(f"an image takes {len(self.image) + 3} tokens, more than the {max_length} of a stream")
+
+    def __getitem__(self, index: int) -> dict:
+        row, generator = self.rows[index], self.generator(index)
+        picture, text = row.get("image"), row[self.text_column]
+        if picture is None and not text:
+            raise ValueError(f"row {index} of the data has neither a picture nor a text")
+        order, drop = torch.rand(2, generator=generator).tolist()
+        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        image = [] if picture is None else self.image
+        words = []
+        if text:
+            words = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+            words = words[: self.max_length - len(image) - 2]
+        if image and order < self.image_first:
+            ids = [bos, *image, *words, eos]
+        elif image and (not words or drop < self.caption_dropout):
+            ids = [bos, self.tokenizer.uncond_token_id, *image, eos]
+        else:
+            ids = [bos, *words, *image, eos]
+        pixels = None if picture is None else self.augmentation(to_pixels(picture), generator)
+        return {"input_ids": ids, "pixel_values": pixels}
+
+
+class StreamCollator:
+    """Streams to a batch padded on the right, with labels for everything but padding and <|uncond|>."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self.tokenizer = tokenizer
+
+    def __call__(self, samples: list[dict]) -> dict[str, torch.Tensor]:
+        streams = [torch.tensor(sample["input_ids"]) for sample in samples]
+        input_ids = torch.nn.utils.rnn.pad_sequence(streams, True, self.tokenizer.pad_token_id)  # (B, T)
+        lengths = torch.tensor([len(stream) for stream in streams])
+        attention_mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()
+        unlabelled = (attention_mask == 0) | (input_ids == self.tokenizer.uncond_token_id)
+        batch = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "labels": input_ids.masked_fill(unlabelled, -100),
+        }
+        pictures = [sample["pixel_values"] for sample in samples if sample["pixel_values"] is not None]
+        if pictures:
+            batch["pixel_values"] = torch.stack(pictures)  # (M, 3, H, W)
+        return batch

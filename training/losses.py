@@ -1,0 +1,25 @@
+"""Reconstruction losses of the image tokenizer.
+
+L1 between the picture and its reconstruction, plus L1 between both after 2x2 and 4x4 average pooling: the pooled terms
+weigh colours and shapes against the pixel noise that sixteen tokens cannot hold anyway.
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+def multi_scale_l1(reconstruction: torch.Tensor, pixels: torch.Tensor, pooled_weight: float = 0.5) -> torch.Tensor:
+    """Mean absolute error at full, half and quarter resolution.
+
+    Args:
+        reconstruction, pixels: (B, 3, H, W) in [-1, 1].
+        pooled_weight: weight of each pooled term next to the full-resolution one.
+
+    Returns:
+        scalar.
+    """
+    error = reconstruction - pixels
+    loss = error.abs().mean()
+    for size in (2, 4):
+        loss = loss + pooled_weight * F.avg_pool2d(error, size).abs().mean()
+    return loss

@@ -1,0 +1,78 @@
+"""The folder of a training run: never overwritten by another run, continued by resuming, finished in one move.
+
+output_dir/
+    checkpoint-500/, checkpoint-1000/   what resuming needs
+    samples/                            picture grids, one per evaluation
+    config.json, *.safetensors, …       the finished model, there only when training has ended
+"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+
+def checkpoint_to_resume(args: TrainingArguments) -> str | None:
+    """The checkpoint folder this run continues from; None for a new run.
+
+    `--resume_from_checkpoint last` means the newest checkpoint in the output folder.
+
+    Raises:
+        ValueError: a new run would write into a folder that holds another one; or there is nothing to resume.
+    """
+    output_dir = Path(args.output_dir)
+    wanted = args.resume_from_checkpoint
+    if wanted is None:
+        if output_dir.is_dir() and any(output_dir.iterdir()):
+            raise ValueError(
+                f"{output_dir} already holds files; choose another --output_dir, "
+                "or continue the run in it with --resume_from_checkpoint last"
+            )
+        return None
+    found = get_last_checkpoint(output_dir) if wanted == "last" and output_dir.is_dir() else wanted
+    if found is None or not (Path(found) / "trainer_state.json").is_file():
+        raise ValueError(f"there is no checkpoint to resume at {output_dir if wanted == 'last' else wanted}")
+    return str(found)
+
+
+def require_finite(terms: dict[str, torch.Tensor], step: int, output_dir: str) -> None:
+    """Raises ValueError when the loss of the step after `step` is not finite, with all its terms and the way back."""
+    if not torch.isfinite(terms["loss"]):
+        values = ", ".join(f"{name} {value.item():g}" for name, value in terms.items())
+        saved = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
+        raise ValueError(
+            f"the loss is not finite at step {step + 1} ({values}); lower --learning_rate. "
+            + (f"The last good checkpoint is {saved}" if saved else "No checkpoint was written yet")
+        )
+
+
+def save_arguments(args: TrainingArguments, folder: str | Path) -> None:
+    """The arguments of the run as `training_args.json`."""
+    (Path(folder) / "training_args.json").write_text(args.to_json_string(), encoding="utf-8")
+
+
+def save_beside(output_dir: str, save: Callable[[str], object]) -> None:
+    """Call `save` with an empty folder, then move each file it wrote into `output_dir`."""
+    Path(output_dir).mkdir(parents=True, exist_ok=True)
+    beside = tempfile.mkdtemp(prefix=".saving-", dir=output_dir)
+    try:
+        save(beside)
+        for file in sorted(Path(beside).iterdir()):
+            os.replace(file, Path(output_dir) / file.name)
+    finally:
+        shutil.rmtree(beside)
+
+
+def numbered_folder(parent: str | Path) -> Path:
+    """A new empty folder `parent/001`, or the next free number."""
+    parent = Path(parent)
+    parent.mkdir(parents=True, exist_ok=True)
+    number = 1 + max((int(folder.name) for folder in parent.iterdir() if folder.name.isdigit()), default=0)
+    folder = parent / f"{number:03d}"
+    folder.mkdir()
+    return folder

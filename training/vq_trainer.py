@@ -1,0 +1,255 @@
+"""Trains the image tokenizer: `unitok-hf train-tokenizer --data_path pictures.parquet --output_dir out/tokenizer`.
+
+The recipe, in the order in which it acts:
+
+1. continuous warm-up: for the first tenth of the steps nothing is quantised (arXiv:2603.17052 finds that codebooks
+   started on a young encoder shrink); the latents are only watched
+2. the latents are scaled to unit variance, once, with the factor folded into the two 1x1 convolutions around them
+3. k-means on the watched latents makes the codebook; from here on latents are quantised
+4. EMA codes, relative dead-code rule, rotation trick (see `quantizers`), commitment loss, multi-scale L1
+
+The adversarial and perceptual terms of a VQGAN join in `VQTrainingModel.forward` and `VQTrainer.compute_loss`.
+
+A `transformers.Trainer`: its arguments, logging, callbacks, distributed runs and resume. A checkpoint is a loadable
+tokenizer folder plus what training needs; a resumed run continues bit for bit. The final folder is the tokenizer alone.
+"""
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+
+from ..modeling_unitok.modeling_vq import UniTokVQModel, nearest_codes
+from .collators import EpochCallback, PictureCollator, PictureDataset, require_size, training_and_validation
+from .evaluation import ReconstructionMeter, picture_rows
+from .losses import multi_scale_l1
+from .quantizers import EMACodebook, rotate_to
+from .runs import checkpoint_to_resume, require_finite, save_arguments, save_beside
+
+
+TRAINING_STATE = "codebook_state.safetensors"
+
+
+@dataclass(kw_only=True)
+class VQTrainingArguments(TrainingArguments):
+    """Arguments of `train-tokenizer`: those below, and every field of `transformers.TrainingArguments`.
+
+    Defaults that differ from the parent's: AdamW at 4e-4 with betas (0.9, 0.95) and weight decay 1e-4, a cosine to a
+    tenth, batches of 32, five epochs; evaluation and a picture grid once per epoch, checkpoints every 500 steps of
+    which two are kept; columns are never dropped; a non-finite loss is an error, not skipped.
+    """
+
+    data_path: str = field(metadata={"help": "Parquet file, folder of Parquet files, or pattern, from prepare-data."})
+    eval_data_path: str | None = field(
+        default=None, metadata={"help": "Parquet to evaluate on. Default: rows held out of --data_path."}
+    )
+    validation_fraction: float = field(
+        default=0.05, metadata={"help": "Share of the rows held out when --eval_data_path is not given."}
+    )
+    image_size: int = field(default=64, metadata={"help": "Side of the pictures in pixels."})
+    num_vq_embeddings: int = field(default=1024, metadata={"help": "Size of the codebook."})
+    latent_channels: int = field(default=16, metadata={"help": "Width of a code."})
+    patch_size: int = field(
+        default=4, metadata={"help": "Pixels per side that become channels before the first convolution; 1 for none."}
+    )
+    block_out_channels: list[int] = field(
+        default_factory=lambda: [64, 128, 128],
+        metadata={"help": "Widths of the network; each level but the last halves the resolution."},
+    )
+    layers_per_block: int = field(default=1, metadata={"help": "Residual blocks per level."})
+    norm_num_groups: int = field(default=32, metadata={"help": "Groups of the group normalisations."})
+    augment: Literal["none", "affine"] = field(
+        default="none", metadata={"help": "Random change of each picture in training."}
+    )
+    continuous_fraction: float = field(
+        default=0.1, metadata={"help": "Share of the steps that train without quantisation, before k-means."}
+    )
+    commitment_weight: float = field(default=0.25, metadata={"help": "Weight of the commitment loss."})
+    ema_decay: float = field(default=0.99, metadata={"help": "Decay of the codebook's moving averages, per step."})
+
+    output_dir: str | None = field(default="out/tokenizer", metadata={"help": "Folder of the run and the tokenizer."})
+    per_device_train_batch_size: int = field(default=32, metadata={"help": "Pictures per device and step."})
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Pictures per device in evaluation."})
+    num_train_epochs: float = field(default=5.0, metadata={"help": "Passes over the data."})
+    learning_rate: float = field(default=4e-4, metadata={"help": "Peak learning rate."})
+    lr_scheduler_type: str = field(default="cosine_with_min_lr", metadata={"help": "Learning-rate schedule."})
+    lr_scheduler_kwargs: dict | str | None = field(
+        default_factory=lambda: {"min_lr_rate": 0.1}, metadata={"help": "Arguments of the schedule."}
+    )
+    warmup_steps: float = field(default=0.02, metadata={"help": "Steps, or share below 1, of rising learning rate."})
+    weight_decay: float = field(default=1e-4, metadata={"help": "Weight decay; none on norms and biases."})
+    adam_beta2: float = field(default=0.95, metadata={"help": "Second beta of AdamW."})
+    eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate: no, steps or epoch."})
+    save_strategy: str = field(default="steps", metadata={"help": "When to write checkpoints: no, steps or epoch."})
+    save_steps: float = field(default=500, metadata={"help": "Steps between checkpoints."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints that are kept."})
+    logging_steps: float = field(default=50, metadata={"help": "Steps between log lines."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Drop columns the model does not name."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide non-finite losses from the log."})
+    ddp_broadcast_buffers: bool | None = field(
+        default=False, metadata={"help": "Copy rank 0's buffers; not needed, all ranks make the same update."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.continuous_fraction < 1:
+            raise ValueError(f"--continuous_fraction must lie in [0, 1), got {self.continuous_fraction}")
+        if not 0 < self.validation_fraction < 1:
+            raise ValueError(f"--validation_fraction must lie in (0, 1), got {self.validation_fraction}")
+
+
+class VQTrainingModel(nn.Module):
+    """The tokenizer with its training losses.
+
+    Args:
+        vq: the tokenizer; its codebook is moved by `codebook_state`, not by gradients.
+        codebook_state: what the codebook's training remembers.
+        commitment_weight: of the commitment loss, beta in VQ-VAE.
+    """
+
+    def __init__(self, vq: UniTokVQModel, codebook_state: EMACodebook, commitment_weight: float):
+        super().__init__()
+        self.vq = vq
+        self.vq.codebook.requires_grad_(False)
+        self.codebook_state = codebook_state
+        self.commitment_weight = commitment_weight
+
+    def forward(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Losses of pictures (B, 3, H, W) in [-1, 1]: `loss`, and its terms `reconstruction` and `commitment`."""
+        latents = self.vq.encode(pixel_values).latents  # (B, d, h, w)
+        rows = latents.permute(0, 2, 3, 1).flatten(0, 2).float()  # (N, d)
+        self.codebook_state.observe(rows)
+        if self.codebook_state.started:
+            chosen = self.vq.codebook[nearest_codes(rows, self.vq.codebook)]
+            commitment = F.mse_loss(rows, chosen)
+            quantized = rotate_to(rows, chosen).view(latents.shape[0], *latents.shape[2:], -1)
+            quantized = quantized.permute(0, 3, 1, 2).to(latents.dtype)
+        else:
+            commitment = rows.new_zeros(())
+            quantized = latents
+        sample = self.vq.decode(quantized, force_not_quantize=True).sample
+        reconstruction = multi_scale_l1(sample.float(), pixel_values)
+        loss = reconstruction + self.commitment_weight * commitment
+        return {"loss": loss, "reconstruction": reconstruction, "commitment": commitment}
+
+    @torch.no_grad()
+    def start_codebook(self, step: int) -> None:
+        """Scale the latents to unit variance without changing the function, then make the codebook by k-means."""
+        state = self.codebook_state
+        scale = state.recent[: min(int(state.position), len(state.recent))].std()
+        self.vq.quant_conv.weight /= scale
+        self.vq.quant_conv.bias /= scale
+        self.vq.post_quant_conv.weight *= scale
+        state.recent /= scale
+        state.start(self.vq.codebook, step)
+
+
+class CodebookCallback(TrainerCallback):
+    """Moves the codebook after every optimizer step, and makes it when the continuous warm-up ends."""
+
+    def __init__(self, continuous_fraction: float):
+        self.continuous_fraction = continuous_fraction
+
+    def on_step_end(self, args, state, control, model: VQTrainingModel, **_):
+        model.codebook_state.step(model.vq.codebook, state.global_step)
+        if not model.codebook_state.started and state.global_step >= self.continuous_fraction * state.max_steps:
+            model.start_codebook(state.global_step)
+
+
+class VQTrainer(Trainer):
+    """`transformers.Trainer` for `VQTrainingModel`: loss terms and codebook in the log, pictures at every evaluation."""
+
+    def __init__(self, model: VQTrainingModel, args: VQTrainingArguments, **kwargs):
+        callbacks = [EpochCallback(), CodebookCallback(args.continuous_fraction)]
+        super().__init__(model=model, args=args, data_collator=PictureCollator(), callbacks=callbacks, **kwargs)
+        self.terms: dict[str, list[torch.Tensor]] = defaultdict(list)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**inputs)
+        require_finite(outputs, self.state.global_step, self.args.output_dir)
+        for name in ("reconstruction", "commitment"):
+            self.terms[name].append(outputs[name].detach())
+        return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs |= {name: torch.stack(values).mean().item() for name, values in self.terms.items()}
+            logs |= self.model.codebook_state.report()
+            self.terms.clear()
+        super().log(logs, start_time)
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """PSNR, SSIM, codebook usage and perplexity over the whole set, and a grid of reals above reconstructions."""
+        meter = ReconstructionMeter(self.model.vq.eval(), self.accelerator)
+        for batch in self.get_eval_dataloader(eval_dataset):
+            meter.update(batch["pixel_values"])
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in meter.compute().items()}
+        if self.is_world_process_zero():
+            path = Path(self.args.output_dir) / "samples" / f"step_{self.state.global_step:06d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            picture_rows(meter.shown).save(path)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _save(self, output_dir: str | None = None, state_dict=None) -> None:
+        """A tokenizer folder, with the codebook's training state and the arguments beside it."""
+        output_dir = Path(output_dir or self.args.output_dir)
+        self.model.vq.save_pretrained(output_dir)
+        save_file(self.model.codebook_state.state_dict(), output_dir / TRAINING_STATE)
+        save_arguments(self.args, output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        folder = Path(resume_from_checkpoint)
+        self.model.vq.load_state_dict(load_file(folder / "diffusion_pytorch_model.safetensors"))
+        self.model.codebook_state.load_state_dict(load_file(folder / TRAINING_STATE))
+
+
+def train_tokenizer(args: VQTrainingArguments) -> dict[str, float]:
+    """Train a tokenizer as the arguments say, and save it to `args.output_dir`.
+
+    Returns:
+        the metrics of the final evaluation.
+
+    Raises:
+        FileNotFoundError, ValueError: the data, the sizes or the output folder are not usable; nothing was written.
+    """
+    checkpoint = checkpoint_to_resume(args)
+    rows, eval_rows = training_and_validation(
+        args.data_path, args.eval_data_path, args.validation_fraction, args.data_seed or args.seed
+    )
+    require_size(rows, args.image_size)
+    set_seed(args.seed)
+    vq = UniTokVQModel(
+        in_channels=3 * args.patch_size**2,
+        out_channels=3 * args.patch_size**2,
+        block_out_channels=args.block_out_channels,
+        layers_per_block=args.layers_per_block,
+        latent_channels=args.latent_channels,
+        sample_size=args.image_size,
+        num_vq_embeddings=args.num_vq_embeddings,
+        norm_num_groups=args.norm_num_groups,
+        patch_size=args.patch_size,
+    )
+    vq.grid(args.image_size, args.image_size)
+    state = EMACodebook(args.num_vq_embeddings, args.latent_channels, decay=args.ema_decay, seed=args.seed)
+    trainer = VQTrainer(
+        VQTrainingModel(vq, state, args.commitment_weight),
+        args,
+        train_dataset=PictureDataset(rows, args.augment, args.data_seed or args.seed),
+        eval_dataset=PictureDataset(eval_rows, "none", args.seed),
+    )
+    trainer.train(resume_from_checkpoint=checkpoint)
+    metrics = trainer.evaluate()
+    if trainer.is_world_process_zero():
+        save_beside(args.output_dir, vq.save_pretrained)
+        save_arguments(args, args.output_dir)
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics, combined=False)
+    return metrics
