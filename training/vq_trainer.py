@@ -211,6 +211,28 @@ class VQTrainer(Trainer):
         self.model.codebook_state.load_state_dict(load_file(folder / TRAINING_STATE))
 
 
+def build_training_model(args: VQTrainingArguments) -> VQTrainingModel:
+    """A fresh tokenizer of the size the arguments say, ready for training.
+
+    Raises:
+        ValueError: the sizes do not fit together.
+    """
+    vq = UniTokVQModel(
+        in_channels=3 * args.patch_size**2,
+        out_channels=3 * args.patch_size**2,
+        block_out_channels=args.block_out_channels,
+        layers_per_block=args.layers_per_block,
+        latent_channels=args.latent_channels,
+        sample_size=args.image_size,
+        num_vq_embeddings=args.num_vq_embeddings,
+        norm_num_groups=args.norm_num_groups,
+        patch_size=args.patch_size,
+    )
+    vq.grid(args.image_size, args.image_size)
+    state = EMACodebook(args.num_vq_embeddings, args.latent_channels, decay=args.ema_decay, seed=args.seed)
+    return VQTrainingModel(vq, state, args.commitment_weight)
+
+
 def train_tokenizer(args: VQTrainingArguments) -> dict[str, float]:
     """Train a tokenizer as the arguments say, and save it to `args.output_dir`.
 
@@ -226,21 +248,9 @@ def train_tokenizer(args: VQTrainingArguments) -> dict[str, float]:
     )
     require_size(rows, args.image_size)
     set_seed(args.seed)
-    vq = UniTokVQModel(
-        in_channels=3 * args.patch_size**2,
-        out_channels=3 * args.patch_size**2,
-        block_out_channels=args.block_out_channels,
-        layers_per_block=args.layers_per_block,
-        latent_channels=args.latent_channels,
-        sample_size=args.image_size,
-        num_vq_embeddings=args.num_vq_embeddings,
-        norm_num_groups=args.norm_num_groups,
-        patch_size=args.patch_size,
-    )
-    vq.grid(args.image_size, args.image_size)
-    state = EMACodebook(args.num_vq_embeddings, args.latent_channels, decay=args.ema_decay, seed=args.seed)
+    model = build_training_model(args)
     trainer = VQTrainer(
-        VQTrainingModel(vq, state, args.commitment_weight),
+        model,
         args,
         train_dataset=PictureDataset(rows, args.augment, args.data_seed or args.seed),
         eval_dataset=PictureDataset(eval_rows, "none", args.seed),
@@ -248,7 +258,7 @@ def train_tokenizer(args: VQTrainingArguments) -> dict[str, float]:
     trainer.train(resume_from_checkpoint=checkpoint)
     metrics = trainer.evaluate()
     if trainer.is_world_process_zero():
-        save_beside(args.output_dir, vq.save_pretrained)
+        save_beside(args.output_dir, model.vq.save_pretrained)
         save_arguments(args, args.output_dir)
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics, combined=False)
