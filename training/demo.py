@@ -19,6 +19,7 @@ import subprocess
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -45,8 +46,8 @@ class DemoArguments:
     """Arguments of `demo`."""
 
     output_dir: str = field(default="out/demo", metadata={"help": "Folder for data, models, report and metrics."})
-    tokenizer_steps: int = field(default=1200, metadata={"help": "Training steps of the image tokenizer."})
-    steps: int = field(default=1000, metadata={"help": "Training steps of the GPT."})
+    tokenizer_steps: int = field(default=1000, metadata={"help": "Training steps of the image tokenizer."})
+    steps: int = field(default=1600, metadata={"help": "Training steps of the GPT."})
     drawings: int = field(default=20, metadata={"help": "Drawings of each digit."})
     guidance_scale: float = field(default=3.0, metadata={"help": "Weight of the prompt in the drawings."})
     seed: int = field(default=0, metadata={"help": "Seed of everything random."})
@@ -55,12 +56,13 @@ class DemoArguments:
 def demo(args: DemoArguments) -> dict:
     """Run the demo; returns what it wrote to `metrics.json`.
 
-    Raises:
-        ValueError: the output folder holds something already.
+    An earlier run in the same folder is kept: it is renamed to `…-001` or the next free number.
     """
     out = Path(args.output_dir)
-    if out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} already holds files; choose another --output_dir, or remove it")
+    if out.exists():
+        earlier = next(name for n in count(1) if not (name := out.with_name(f"{out.name}-{n:03d}")).exists())
+        out.rename(earlier)
+        print(f"the earlier {out} is now {earlier}")
     seconds: dict[str, float] = {}
 
     @contextmanager
@@ -111,6 +113,7 @@ def demo(args: DemoArguments) -> dict:
                 hidden_size=192,
                 per_device_train_batch_size=64,
                 learning_rate=2e-3,
+                text_loss_weight=4.0,  # the name of a digit is one token among twenty
                 max_steps=args.steps,
                 **common,
             )
@@ -157,6 +160,7 @@ def draw(model, processor, prompts: list[str], args: DemoArguments) -> torch.Ten
         **inputs,
         generation_mode="image",
         do_sample=True,
+        image_temperature=0.9,
         guidance_scale=args.guidance_scale,
         generator=torch.Generator().manual_seed(args.seed),
     )
