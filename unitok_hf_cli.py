@@ -45,6 +45,9 @@ COMMANDS = {
     "train-tokenizer": Command(
         "learn the codes of an image tokenizer", "training.vq_trainer", "VQTrainingArguments", "train_tokenizer"
     ),
+    "encode": Command(
+        "turn pictures into codes once, before training", "training.token_cache", "EncodeArguments", "encode"
+    ),
     "train": Command(
         "train a GPT on text and image tokens", "training.gpt_trainer", "GPTTrainingArguments", "train_gpt"
     ),

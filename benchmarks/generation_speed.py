@@ -95,7 +95,9 @@ def main() -> None:
         slow, ours, bare = (
             1000 * timed(way, options.repetitions) / tokens for way in ways(model, text_model, batch, tokens)
         )
-        print(f"| {batch} | {slow:.1f} | {ours:.1f} | {bare:.1f} | {slow / ours:.1f} | {ours / bare:.1f} |", flush=True)
+        print(
+            f"| {batch} | {slow:.1f} | {ours:.1f} | {bare:.1f} | {slow / ours:.1f} | {ours / bare:.1f} |", flush=True
+        )
 
 
 if __name__ == "__main__":

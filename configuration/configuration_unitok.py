@@ -36,7 +36,7 @@ class UniTokConfig(PreTrainedConfig):
         tie_word_embeddings: whether input and output embeddings are one matrix.
 
     Raises:
-        ValueError: ids that collide or do not fit, or a `vq_config` of another codebook size or grid.
+        ValueError: ids that collide or do not fit, or a `vq_config` of another codebook size.
     """
 
     model_type = "unitok_hf"
@@ -61,9 +61,11 @@ class UniTokConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         self.text_config = copy.deepcopy(self.text_config)
-        self.vq_config = dict(self.vq_config or {})
+        arguments = (self.vq_config or {}).items()
+        self.vq_config = {name: list(value) if isinstance(value, tuple) else value for name, value in arguments}
         self.image_grid = tuple(self.image_grid)
         super().__post_init__(**kwargs)
+        self.validate_vocabulary()
         self.text_config.vocab_size = self.vocab_size
         self.text_config.bos_token_id = self.bos_token_id
         self.text_config.eos_token_id = self.eos_token_id
@@ -71,12 +73,14 @@ class UniTokConfig(PreTrainedConfig):
         self.text_config.tie_word_embeddings = self.tie_word_embeddings
 
     def validate_vocabulary(self):
-        """Ids and sizes that must fit together; called on construction."""
+        """Ids and sizes that must fit together; called on construction and before saving."""
         if self.text_vocab_size % 64:
             raise ValueError(f"text_vocab_size must be a multiple of 64, got {self.text_vocab_size}")
+        if self.num_visual_tokens < 1:
+            raise ValueError(f"num_visual_tokens must be at least 1, got {self.num_visual_tokens}")
         named = {f"{kind}_token_id": getattr(self, f"{kind}_token_id") for kind in SPECIAL_TOKENS}
         for name, token in named.items():
-            if not 0 <= token < self.text_vocab_size:
+            if token is None or not 0 <= token < self.text_vocab_size:
                 raise ValueError(f"{name} {token} is outside the text vocabulary [0, {self.text_vocab_size})")
         if len(set(named.values())) < len(named):
             raise ValueError(f"special tokens must have different ids, got {named}")

@@ -36,6 +36,11 @@ from ..configuration.vocabulary_unitok import VisualVocabulary
 
 GENERATION_MODES = ("auto", "text", "image", "interleaved")
 IMAGE_OPTIONS = ("image_temperature", "image_top_k", "image_top_p")
+# arguments of transformers' `generate` that the image loop honours, or that mean nothing inside an image
+LOOP_ARGUMENTS = {"do_sample", "num_return_sequences", "num_beams", "max_new_tokens", "max_length", "use_cache"} | {
+    "temperature", "top_k", "top_p", "eos_token_id", "pad_token_id", "bos_token_id",
+}  # fmt: skip
+OUTSIDE, INSIDE, CLOSING, BEGINNING = range(4)  # where a stream stands; in the last two, one token may follow
 
 
 @dataclass
@@ -97,31 +102,32 @@ class ImageGrammar(LogitsProcessor):
     ):
         self.vocabulary, self.mode, self.eos = vocabulary, mode, eos
         self.prompt_length, self.max_length = prompt_length, max_length
-        outside, inside, closing = torch.zeros(3, vocabulary.size)
-        outside[vocabulary.offset :] = -torch.inf
-        outside[[*forbidden, vocabulary.image_end]] = -torch.inf
-        inside[: vocabulary.offset] = -torch.inf
-        closing[:] = -torch.inf
-        closing[vocabulary.image_end] = 0
-        self.bias = torch.stack([outside, inside, closing])  # (3, V)
+        self.bias = torch.zeros(4, vocabulary.size)
+        self.bias[OUTSIDE, vocabulary.offset :] = -torch.inf
+        self.bias[OUTSIDE, [*forbidden, vocabulary.image_end]] = -torch.inf
+        self.bias[INSIDE, : vocabulary.offset] = -torch.inf
+        self.bias[[CLOSING, BEGINNING]] = -torch.inf
+        self.bias[CLOSING, vocabulary.image_end] = self.bias[BEGINNING, vocabulary.image_start] = 0
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """Scores (B, V) with -inf at what may not follow `input_ids` (B, T)."""
         self.bias = self.bias.to(scores.device)
         drawn = image_progress(input_ids, self.vocabulary)
-        state = torch.where(drawn < 0, 0, torch.where(drawn < self.vocabulary.codes_per_image, 1, 2))
-        scores = scores + self.bias[state]
-        outside = (drawn < 0)[:, None]
+        inside = torch.where(drawn < self.vocabulary.codes_per_image, INSIDE, CLOSING)
+        state = torch.where(drawn < 0, OUTSIDE, inside)  # (B,)
+        scores = scores.clone()
         room = self.max_length - input_ids.shape[1]
         if self.mode == "text" or room < self.vocabulary.tokens_per_image:
             scores[:, self.vocabulary.image_start] = -torch.inf
         elif self.mode == "interleaved":
-            drew = (input_ids[:, self.prompt_length :] == self.vocabulary.image_end).any(dim=1, keepdim=True)
-            must_begin = outside & ~drew & (room == self.vocabulary.tokens_per_image)
-            scores[:, self.eos] = scores[:, self.eos].masked_fill(outside & ~drew, -torch.inf)
-            keep = torch.arange(scores.shape[1], device=scores.device) == self.vocabulary.image_start
-            scores = scores.masked_fill(must_begin & ~keep, -torch.inf)
-        return scores
+            drew = (input_ids[:, self.prompt_length :] == self.vocabulary.image_end).any(dim=1)
+            owing = (drawn < 0) & ~drew
+            scores[:, self.eos] = scores[:, self.eos].masked_fill(owing[:, None], -torch.inf)
+            if room == self.vocabulary.tokens_per_image:
+                state = torch.where(owing, BEGINNING, state)
+        bias = self.bias[state]
+        # the only token that may follow is set, not added to: another processor may have forbidden it
+        return torch.where((state >= CLOSING)[:, None], bias, scores + bias)
 
 
 class PerModality(LogitsProcessor):
@@ -196,17 +202,29 @@ class UniTokGenerationMixin:
                 `max_new_tokens` nor `max_length` is given, one image and 64 tokens of text fit.
 
         Returns:
-            "image": visual token ids (B · num_return_sequences, h·w), for `decode_image_tokens`.
+            "image": visual token ids (B · num_return_sequences, h·w), for `decode_image_tokens`; with
+                `return_dict_in_generate`, the output of which they are the `sequences`.
             other modes: what `GenerationMixin.generate` returns, prompts included, placeholders filled.
 
         Raises:
-            ValueError: an unknown mode; an empty prompt; `max_new_tokens` too small for the image that is asked for;
-                guidance or a generator with beams; images that do not fit the placeholders.
+            ValueError: an unknown mode; a prompt that is empty, padded on the right or ill formed; images that do not fit
+                the placeholders; fewer tokens to come than the image that is begun or asked for needs; guidance or a
+                generator with beams, an assistant, hidden states or attentions.
         """
+        if generation_config is not None and generation_config.is_assistant:  # the grammar is among its processors
+            return super().generate(
+                input_ids,
+                generation_config=generation_config,
+                logits_processor=logits_processor,
+                attention_mask=attention_mask,
+                **kwargs,
+            )
         if generation_mode not in GENERATION_MODES:
             raise ValueError(f"generation_mode must be one of {', '.join(GENERATION_MODES)}, got {generation_mode!r}")
         if input_ids is None or input_ids.numel() == 0:
             raise ValueError("the prompt is empty; the processor gives at least a bos token")
+        if input_ids.ndim != 2:
+            raise ValueError(f"input_ids must have shape (B, L), got {tuple(input_ids.shape)}")
         config, model_kwargs = self._prepare_generation_config(generation_config, **kwargs)
         defaults = config.to_dict()
         image_options = {
@@ -215,27 +233,41 @@ class UniTokGenerationMixin:
         }
         scale = 1.0 if guidance_scale is None and config.guidance_scale is None else guidance_scale
         scale = float(config.guidance_scale if scale is None else scale)
-        config.guidance_scale = None
-        if scale < 0:
-            raise ValueError(f"guidance_scale must not be negative, got {scale:g}")
+        config.guidance_scale = 1.0  # what transformers would do with it is done here
+        if not 0 <= scale < float("inf"):
+            raise ValueError(f"guidance_scale must be a number from 0 on, got {scale:g}")
         beams = config.num_beams > 1 or kwargs.get("assistant_model") is not None
-        if beams and (scale != 1.0 or generator is not None):
-            raise ValueError("guidance_scale and generator need greedy search or sampling, not beams or an assistant")
+        own_loop = scale != 1.0 or generator is not None
+        if own_loop and (beams or config.output_hidden_states or config.output_attentions):
+            raise ValueError(
+                "guidance_scale and generator need greedy search or sampling, not beams or an assistant, and give no "
+                "hidden states or attentions"
+            )
 
         input_ids = input_ids.to(self.device)
         if attention_mask is None:
             attention_mask = (input_ids != self.config.pad_token_id).long()
         attention_mask = attention_mask.to(self.device)
+        if attention_mask.shape != input_ids.shape:
+            raise ValueError(f"attention_mask is {tuple(attention_mask.shape)}, input_ids {tuple(input_ids.shape)}")
         if (attention_mask[:, -1] == 0).any():
             row = int((attention_mask[:, -1] == 0).nonzero()[0])
             raise ValueError(f"row {row} of the prompt is padded on the right; generation needs padding on the left")
         input_ids = self.fill_images(input_ids, pixel_values, image_codes)
+        self._require_streams(input_ids)
+        stored = self.generation_config if generation_config is None else generation_config
+        if config.max_new_tokens is not None:
+            room = config.max_new_tokens
+        elif kwargs.get("max_length") or stored.max_length or self.generation_config.max_length:
+            room = config.max_length - input_ids.shape[1]
+        else:
+            room = self.vocabulary.tokens_per_image + 64
+        self._require_room(generation_mode, input_ids, room)
         image_warpers = warpers(*image_options.values()) if config.do_sample else LogitsProcessorList()
 
         if generation_mode == "image":
             input_ids, attention_mask = self._begin_images(input_ids, attention_mask)
-            self._require_room(config, input_ids, kwargs)
-            if not beams:
+            if kwargs.keys() <= LOOP_ARGUMENTS and not beams and not logits_processor and streamer is None:
                 return self._draw(
                     input_ids.repeat_interleave(config.num_return_sequences, dim=0),
                     attention_mask.repeat_interleave(config.num_return_sequences, dim=0),
@@ -244,26 +276,15 @@ class UniTokGenerationMixin:
                     config.do_sample,
                     generator,
                 )
-            config.max_length = None
-            config.max_new_tokens = self.vocabulary.tokens_per_image + 1
+            room = int(self.vocabulary.codes_per_image - image_progress(input_ids, self.vocabulary).min()) + 1
+            config.eos_token_id = self.vocabulary.image_end
+        config.max_new_tokens, config.max_length, config.min_length = room, None, config.min_length or None
 
         text_warpers = LogitsProcessorList()
         if config.do_sample:
             text_warpers = warpers(config.temperature, config.top_k, config.top_p)
             config.temperature, config.top_k, config.top_p = 1.0, 0, 1.0
         eos = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-        if config.max_new_tokens is None and kwargs.get("max_length") is None:
-            config.max_new_tokens = self.vocabulary.tokens_per_image + 64
-        if config.max_new_tokens is not None:
-            config.max_length = None
-            max_length = input_ids.shape[1] + config.max_new_tokens
-        else:
-            max_length = config.max_length
-        if generation_mode == "interleaved" and max_length - input_ids.shape[1] < self.vocabulary.tokens_per_image:
-            raise ValueError(
-                f"an image takes {self.vocabulary.tokens_per_image} tokens, but only "
-                f"{max_length - input_ids.shape[1]} may be generated; raise max_new_tokens"
-            )
         grammar = ImageGrammar(
             self.vocabulary,
             [
@@ -275,24 +296,29 @@ class UniTokGenerationMixin:
             generation_mode,
             eos,
             input_ids.shape[1],
-            max_length,
+            input_ids.shape[1] + room,
         )
         processors = LogitsProcessorList([*(logits_processor or []), grammar])
         if config.do_sample:
             processors.append(PerModality(self.vocabulary, image_warpers, text_warpers))
-        custom = {}
-        if not beams:
-            custom["custom_generate"] = partial(_decode, scale=scale, generator=generator, stream_to=streamer)
+        if own_loop:
+            model_kwargs["custom_generate"] = partial(_decode, scale=scale, generator=generator, stream_to=streamer)
+        for name in ("output_hidden_states", "output_attentions"):  # config has them too
+            model_kwargs.pop(name, None)
         output = super().generate(
             input_ids,
             generation_config=config,
             logits_processor=processors,
             streamer=streamer,
             attention_mask=attention_mask,
-            **custom,
             **model_kwargs,
         )
-        return self._last_images(output) if generation_mode == "image" else output
+        if generation_mode != "image":
+            return output
+        if isinstance(output, torch.Tensor):
+            return self._last_images(output)
+        output.sequences = self._last_images(output.sequences)
+        return output
 
     def _begin_images(
         self, input_ids: torch.LongTensor, attention_mask: torch.Tensor
@@ -308,13 +334,38 @@ class UniTokGenerationMixin:
         mask = torch.where(outside, torch.cat([attention_mask, one], dim=1), torch.cat([zero, attention_mask], dim=1))
         return begun, mask
 
-    def _require_room(self, config: GenerationConfig, input_ids: torch.LongTensor, kwargs: dict) -> None:
-        """Raises ValueError when `max_new_tokens` was given and is too small for the rest of one image."""
-        missing = int(self.vocabulary.codes_per_image - image_progress(input_ids, self.vocabulary).min())
-        if kwargs.get("max_new_tokens") is not None and config.max_new_tokens < missing:
+    def _require_streams(self, input_ids: torch.LongTensor) -> None:
+        """Raises ValueError unless every row is a well-formed stream, which may end inside an image."""
+        self._require_known(input_ids)
+        n = self.vocabulary.codes_per_image
+        for number, row in enumerate(input_ids):
+            for segment in self._segments(row):
+                begun = segment.ids[0] == self.vocabulary.image_start and segment.span[1] == len(row)
+                open_ended = begun and segment.ids[-1] != self.vocabulary.image_end and len(segment.ids) <= n + 1
+                if not segment.complete and not open_ended:
+                    raise _broken(number, segment, n)
+
+    def _require_known(self, ids: torch.LongTensor) -> None:
+        """Raises ValueError for an id (B, T) outside the vocabulary."""
+        bad = (ids < 0) | (ids >= self.vocabulary.size)
+        if bad.any():
+            row, position = bad.nonzero()[0].tolist()
             raise ValueError(
-                f"an image needs {missing} more tokens, but max_new_tokens is {config.max_new_tokens}; "
-                'leave it out with generation_mode="image"'
+                f"row {row}, position {position}: id {int(ids[row, position])} is outside the vocabulary "
+                f"[0, {self.vocabulary.size})"
+            )
+
+    def _require_room(self, mode: str, input_ids: torch.LongTensor, room: int) -> None:
+        """Raises ValueError when `room` tokens do not finish the images that are begun, or asked for by the mode."""
+        n = self.vocabulary.codes_per_image
+        drawn = image_progress(input_ids, self.vocabulary)
+        whole = {"image": n, "interleaved": n + 2}.get(mode, 1)
+        needed = torch.where(drawn < 0, whole, n - drawn + (mode != "image"))
+        if room < needed.max():
+            row = int(needed.argmax())
+            raise ValueError(
+                f"row {row} of the prompt needs {int(needed[row])} more tokens, but only {room} may be generated; "
+                "raise or leave out max_new_tokens or max_length"
             )
 
     def _unconditional(
@@ -386,13 +437,14 @@ class UniTokGenerationMixin:
             input_ids = chosen.repeat(2 if guided else 1)[:, None]
         return ids
 
-    def _last_images(self, output: torch.LongTensor | GenerateDecoderOnlyOutput) -> torch.LongTensor:
-        """Visual ids (B, n) before the last image_end of each row."""
-        ids = output if isinstance(output, torch.Tensor) else output.sequences
+    def _last_images(self, ids: torch.LongTensor) -> torch.LongTensor:
+        """Visual ids (B, n) of the last image of each row (B, T)."""
+        unfinished = image_progress(ids, self.vocabulary) >= 0
+        if unfinished.any():
+            raise ValueError(f"a stopping criterion cut the image of row {int(unfinished.nonzero()[0])}")
         position = torch.arange(ids.shape[1], device=ids.device)
-        end = torch.where(ids == self.vocabulary.image_end, position, -1).amax(dim=1, keepdim=True)
-        n = self.vocabulary.codes_per_image
-        return ids.gather(1, end - n + torch.arange(n, device=ids.device))
+        start = torch.where(ids == self.vocabulary.image_start, position, -1).amax(dim=1, keepdim=True)
+        return ids.gather(1, start + 1 + torch.arange(self.vocabulary.codes_per_image, device=ids.device))
 
     def decode_mixed_tokens(
         self,
@@ -413,18 +465,18 @@ class UniTokGenerationMixin:
             one list of segments per row; their spans cover the row without gap or overlap. No id is ever replaced.
 
         Raises:
-            ValueError: an id outside the vocabulary, or a broken image under "raise"; names the row and the position.
+            ValueError: an id outside the vocabulary, or a broken image under "raise", with the row and the position; or a
+                tokenizer that has grown into the ids of the codes.
         """
         if on_error not in ("raise", "skip", "pad"):
             raise ValueError(f"on_error must be raise, skip or pad, got {on_error!r}")
-        ids = ids[None] if ids.ndim == 1 else ids
-        bad = (ids < 0) | (ids >= self.vocabulary.size)
-        if bad.any():
-            row, position = bad.nonzero()[0].tolist()
+        if tokenizer is not None and len(tokenizer) > self.vocabulary.offset:
             raise ValueError(
-                f"row {row}, position {position}: id {int(ids[row, position])} is outside the vocabulary "
-                f"[0, {self.vocabulary.size})"
+                f"the tokenizer has {len(tokenizer)} tokens, but codes begin at id {self.vocabulary.offset}; "
+                "call model.resize_token_embeddings(len(tokenizer)) when it grows"
             )
+        ids = ids[None] if ids.ndim == 1 else ids
+        self._require_known(ids)
         rows = [self._segments(row) for row in ids]
         n, (height, width) = self.vocabulary.codes_per_image, self.vocabulary.grid
         pictured, codes = [], []
@@ -435,11 +487,7 @@ class UniTokGenerationMixin:
                         segment.text = tokenizer.decode(segment.ids, skip_special_tokens=True)
                     continue
                 if not segment.complete and on_error == "raise":
-                    raise ValueError(
-                        f"row {number}, positions {segment.span[0]} to {segment.span[1]}: not an image of {n} codes "
-                        f"between image_start and image_end: {segment.ids[:8].tolist()}…; "
-                        'pass on_error="skip" or "pad" to go on'
-                    )
+                    raise _broken(number, segment, n)
                 if segment.complete or on_error == "pad":
                     visual = segment.ids[self.vocabulary.is_visual(segment.ids)][:n]
                     pictured.append((segment, len(visual)))
@@ -483,6 +531,15 @@ class UniTokGenerationMixin:
         return segments
 
 
+def _broken(row: int, segment: Segment, n: int) -> ValueError:
+    """The error for an image that is not start, n codes, end."""
+    begin, end = segment.span
+    return ValueError(
+        f"row {row}, positions {begin} to {end}: not an image of {n} codes between image_start and image_end: "
+        f"{segment.ids[:8].tolist()}{'…' if len(segment.ids) > 8 else ''}"
+    )
+
+
 @torch.no_grad()
 def _decode(
     model,
@@ -495,7 +552,7 @@ def _decode(
     stream_to,
     **model_kwargs,
 ) -> torch.LongTensor | GenerateDecoderOnlyOutput:
-    """Greedy search or sampling over a stream, with guidance inside images; the `custom_generate` of our `generate`.
+    """Greedy search or sampling with guidance inside images or a generator; the `custom_generate` of our `generate`.
 
     The unconditional branch of a row is kept in step with it: it attends to its own two tokens `bos <|uncond|>` and to
     the image being drawn, and every other column is a hole in its attention mask.
@@ -504,12 +561,13 @@ def _decode(
     attention_mask = model_kwargs["attention_mask"]  # None where nothing is padded
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
-    cache = model_kwargs["past_key_values"]
-    cached = cache.get_seq_length()
-    feed, mask = input_ids[:, cached:], attention_mask
+    cache = model_kwargs.get("past_key_values")
+    if guided and cache is not None and cache.get_seq_length() > 0:
+        raise ValueError("guidance needs a fresh cache: the cached prompt has no unconditional branch")
+    if guided or cache is None:  # a cache made by transformers has no room for a second branch
+        cache = DynamicCache(config=model.config.text_config)
+    feed, mask = input_ids[:, cache.get_seq_length() :], attention_mask
     if guided:
-        if cached:
-            raise ValueError("guidance needs a fresh cache: the cached prompt has no unconditional branch")
         feed = nn.functional.pad(input_ids, (2, 0), value=model.config.pad_token_id)
         mask = nn.functional.pad(attention_mask, (2, 0), value=0)
         uncond_ids, uncond_mask = model._unconditional(feed, mask)
@@ -518,14 +576,15 @@ def _decode(
     unfinished = torch.ones(len(input_ids), dtype=torch.int64, device=input_ids.device)
     kept_scores, kept_logits = [], []
     while True:
-        logits = model(
+        outputs = model(
             input_ids=feed,
             attention_mask=mask,
             position_ids=positions(mask)[:, -feed.shape[1] :],
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
-        ).logits[:, -1]
+        )
+        logits = outputs.logits[:, -1].float()
         if guided:
             cond, uncond = logits.chunk(2)
             drawn = image_progress(input_ids, model.vocabulary)

@@ -26,6 +26,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, ModelOutput
 from transformers.modeling_utils import slice_logits_to_keep
 
 from ..configuration.configuration_unitok import SPECIAL_TOKENS, UniTokConfig
+from ..configuration.vocabulary_unitok import VisualVocabulary
 from .generation_unitok import UniTokGenerationMixin
 from .modeling_vq import UniTokVQModel
 
@@ -42,7 +43,7 @@ class UniTokOutput(ModelOutput):
             that is not given).
         text_loss, image_loss: scalars without gradient, mean negative log-likelihood in nats per labelled text token and
             per labelled image token; 0 where there are none.
-        logits: (B, T, V) fp32, or the last `logits_to_keep` positions.
+        logits: (B, T, V), or the last `logits_to_keep` positions.
         past_key_values: the cache.
     """
 
@@ -77,16 +78,50 @@ class UniTokPreTrainedModel(PreTrainedModel):
         """Initial values of what is not the language model's own, which initialises itself.
 
         | parameter                  | distribution                                      |
-        | lm_head.weight             | N(0, text_config.initializer_range)               |
+        | lm_head.weight             | as the language model has its linear layers       |
         | vqmodel codebook           | N(0, 1), the scale of trained latents             |
         | vqmodel convolutions etc.  | torch's defaults, as diffusers has them           |
         """
         if module is self.get_output_embeddings():
-            init.normal_(module.weight, std=self.config.text_config.initializer_range)
+            self.model.language_model._init_weights(module)
         elif isinstance(module, nn.Embedding):
             init.normal_(module.weight)
         elif isinstance(module, (nn.Conv2d, nn.Linear, nn.GroupNorm)):
             module.reset_parameters()
+
+    @property
+    def vocabulary(self) -> VisualVocabulary:
+        """The arithmetic between codes and token ids."""
+        return self.config.vocabulary
+
+    @torch.no_grad()
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Module:
+        """Make room for a text tokenizer that has grown; the rows of the codes move up as one piece.
+
+        No text row is ever dropped: a number that the spare rows can hold changes nothing.
+
+        Args:
+            new_num_tokens: text tokens, `len(tokenizer)`; rounded up to a multiple of 64.
+            pad_to_multiple_of: of the text rows, if 64 is not enough.
+            mean_resizing: as in `PreTrainedModel`.
+
+        Returns:
+            the input embeddings.
+        """
+        before = self.config.text_vocab_size
+        multiple = math.lcm(64, pad_to_multiple_of or 1)
+        after = math.ceil(max(new_num_tokens or 0, before) / multiple) * multiple
+        if after == before:
+            return self.get_input_embeddings()
+        embeddings = super().resize_token_embeddings(after + self.config.num_visual_tokens, None, mean_resizing)
+        codes_from = before + self.config.num_visual_tokens  # where the new rows are now, behind those of the codes
+        both = [embeddings, self.get_output_embeddings()]  # UniTokModel has no output embeddings
+        for weight in {part.weight for part in both if part is not None}:
+            weight[before:] = torch.cat([weight[codes_from:], weight[before:codes_from]])
+        self.config.text_vocab_size = after
+        return embeddings
 
 
 class UniTokModel(UniTokPreTrainedModel):
@@ -126,14 +161,14 @@ class UniTokForConditionalGeneration(UniTokPreTrainedModel, UniTokGenerationMixi
     """
 
     output_modalities = ("image", "text")
-    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
 
     def __init__(self, config: UniTokConfig):
         super().__init__(config)
         self.model = UniTokModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.vocabulary = config.vocabulary
+        self._tied_weights_keys = {"lm_head.weight": f"{embedding_name(self)}.weight"}
+        self.generation_config._from_model_config = False  # else image_temperature and the like are saved but not read
         self.post_init()
 
     @classmethod
@@ -147,7 +182,8 @@ class UniTokForConditionalGeneration(UniTokPreTrainedModel, UniTokGenerationMixi
         likelier than a middling word (as all new rows do when both are one matrix).
 
         Args:
-            text_model: a causal language model with input and output embeddings and no bias in the head.
+            text_model: a causal language model with input and output embeddings and no bias in the head; it is left as
+                it was.
             vq_model: a trained image tokenizer.
             tokenizer: of the text model, with the special tokens of `add_special_tokens` in processing_unitok.
 
@@ -173,7 +209,7 @@ class UniTokForConditionalGeneration(UniTokPreTrainedModel, UniTokGenerationMixi
             tie_word_embeddings=text_model.config.tie_word_embeddings,
             **special,
         )
-        model = cls(config).to(text_model.device, text_model.dtype)
+        model = cls._from_config(config, dtype=text_model.dtype).to(text_model.device)
         tied = config.tie_word_embeddings
         extend_rows(
             model.get_input_embeddings().weight, text_model.get_input_embeddings().weight, 0.01 if tied else 1.0
@@ -181,24 +217,27 @@ class UniTokForConditionalGeneration(UniTokPreTrainedModel, UniTokGenerationMixi
         if not tied:
             extend_rows(model.get_output_embeddings().weight, text_model.get_output_embeddings().weight, 0.01)
         backbone = text_model.base_model
-        embedding = next(name for name, part in backbone.named_modules() if part is backbone.get_input_embeddings())
-        weights = backbone.state_dict() | {f"{embedding}.weight": model.get_input_embeddings().weight}
+        weights = backbone.state_dict() | {f"{embedding_name(backbone)}.weight": model.get_input_embeddings().weight}
         model.model.language_model.load_state_dict(weights)
-        model.model.vqmodel.load_state_dict(vq_model.state_dict())
-        model.model.vqmodel.float()
+        model.model.vqmodel.float().load_state_dict(vq_model.state_dict())
         model.generation_config = copy.deepcopy(text_model.generation_config)
+        model.generation_config._from_model_config = False
         model.generation_config.update(
             **{name: special[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         )
         model.eval()
         words = [token for token in range(rows) if token not in special.values()][:16]
         probe = torch.tensor([words], device=model.device)
+        was_training = text_model.training
         with torch.no_grad():
-            before, after = text_model.eval()(input_ids=probe).logits, model(input_ids=probe).logits
-        if not torch.allclose(before, after[..., : before.shape[-1]], atol=1e-3):
+            before = text_model.eval()(input_ids=probe).logits.float()
+            after = model(input_ids=probe).logits[..., : before.shape[-1]].float()
+        text_model.train(was_training)
+        rounding = 1e-3 if text_model.dtype == torch.float32 else 0.1
+        if not torch.allclose(before, after, atol=rounding):
             raise ValueError(
                 f"{type(text_model).__name__} computes its logits in a way that UniTok does not reproduce "
-                f"(largest difference {(before - after[..., : before.shape[-1]]).abs().max():.3g})"
+                f"(largest difference {(before - after).abs().max():.3g})"
             )
         return model
 
@@ -218,8 +257,14 @@ class UniTokForConditionalGeneration(UniTokPreTrainedModel, UniTokGenerationMixi
         """Visual token ids (M, h·w), row by row, of pictures (M, 3, H, W) in [-1, 1].
 
         Raises:
-            ValueError: pictures of another size than the model's grid, or values outside [-1, 1].
+            ValueError: pictures of another size than the model's grid, values outside [-1, 1], or an image tokenizer that
+                is no longer fp32.
         """
+        if self.model.vqmodel.dtype != torch.float32:
+            raise ValueError(
+                f"the image tokenizer was cast to {self.model.vqmodel.dtype}, in which pictures get other codes; "
+                "choose the type while loading, from_pretrained(…, dtype=…), which leaves the tokenizer as it is"
+            )
         codes = self.model.vqmodel.encode_to_indices(pixel_values)
         if tuple(codes.shape[1:]) != self.vocabulary.grid:
             side = self.model.vqmodel.downsampling
@@ -254,26 +299,32 @@ class UniTokForConditionalGeneration(UniTokPreTrainedModel, UniTokGenerationMixi
         Args:
             input_ids: placeholders `image_token_id`, h·w of them per image.
             pixel_values: (M, 3, H, W) in [-1, 1], the M images of the batch in reading order.
-            image_codes: (M, h·w) or (M, h, w), in place of pixels.
+            image_codes: (M, h·w) or (M, h, w) integers, in place of pixels.
 
         Raises:
-            ValueError: both pixels and codes, or a number of images that differs from the placeholders; the first row
-                whose placeholders are no whole images is named.
+            ValueError: both pixels and codes; codes that are no images of h·w integers; or a number of images that
+                differs from the placeholders, of which every row must have those of whole images.
         """
         placeholders = input_ids == self.config.image_token_id
+        n = self.vocabulary.codes_per_image
         if pixel_values is not None and image_codes is not None:
             raise ValueError("pass pixel_values or image_codes, not both")
         if pixel_values is not None:
             tokens = self.get_image_tokens(pixel_values)
         elif image_codes is not None:
-            tokens = self.vocabulary.to_ids(image_codes.flatten(1))
+            if tuple(image_codes.shape[1:]) not in ((n,), self.vocabulary.grid) or image_codes.is_floating_point():
+                raise ValueError(
+                    f"image_codes must be integers of shape (images, {n}) or (images, {self.vocabulary.grid[0]}, "
+                    f"{self.vocabulary.grid[1]}), got {image_codes.dtype} {tuple(image_codes.shape)}"
+                )
+            tokens = self.vocabulary.to_ids(image_codes.flatten(1).to(input_ids.dtype))
         else:
-            tokens = input_ids.new_empty(0, self.vocabulary.codes_per_image)
-        if placeholders.sum() != tokens.numel():
-            counts = placeholders.sum(dim=1).tolist()
+            tokens = input_ids.new_empty(0, n)
+        counts = placeholders.sum(dim=1)
+        if counts.sum() != tokens.numel() or (counts % n).any():
             raise ValueError(
-                f"{len(tokens)} images are {tokens.numel()} tokens, but the rows of input_ids have {counts} "
-                f"placeholders (id {self.config.image_token_id}); each image needs {self.vocabulary.codes_per_image}"
+                f"{len(tokens)} images are {tokens.numel()} tokens, but the rows of input_ids have {counts.tolist()} "
+                f"placeholders (id {self.config.image_token_id}); each image needs {n}"
             )
         return input_ids.masked_scatter(placeholders, tokens)
 
@@ -323,9 +374,14 @@ class UniTokForConditionalGeneration(UniTokPreTrainedModel, UniTokGenerationMixi
             logits_to_keep: compute logits for the last so many positions only; 0 for all.
 
         Raises:
-            ValueError: see `fill_images`; or a placeholder is left where no image came.
+            ValueError: see `fill_images`; images without `input_ids`; or a placeholder is left where no image came.
         """
-        if inputs_embeds is None and (past_key_values is None or past_key_values.get_seq_length() == 0):
+        with_images = pixel_values is not None or image_codes is not None
+        if with_images and input_ids is None:
+            raise ValueError("images fill the placeholders of input_ids; pass input_ids, not inputs_embeds")
+        # a decoding step, which has neither images nor placeholders, is spared the look for them
+        begins = past_key_values is None or past_key_values.get_seq_length() == 0
+        if with_images or (begins and input_ids is not None):
             filled = self.fill_images(input_ids, pixel_values, image_codes)
             if labels is not None:
                 labels = torch.where(labels == self.config.image_token_id, filled, labels)
@@ -353,6 +409,11 @@ class UniTokForConditionalGeneration(UniTokPreTrainedModel, UniTokGenerationMixi
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+
+def embedding_name(model: PreTrainedModel) -> str:
+    """Name of the input embeddings among the modules of `model`."""
+    return next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@
 - `patch_size` p moves p x p pixels into channels before the first convolution (pixel unshuffle), because on small
   machines the full-resolution convolutions eat the time. The network inside stays stock: with p > 1, stock `VQModel`
   takes `pixel_unshuffle(pixels, p)` and returns a picture for `pixel_shuffle(sample, p)`; with p = 1, plain pixels
+- `pixel_range` is where a network trained elsewhere sees black and white; pictures are in [-1, 1] here all the same
 - adds what diffusers lacks: codes of a picture, a picture from codes, statistics of the codebook
 - one nearest-neighbour lookup, `nearest_codes`, for training, encoding and evaluation: fp32, chunked, no (N, K) matrix
 
@@ -106,11 +107,13 @@ class UniTokVQModel(VQModel):
         sample_size: side of the training pictures in pixels.
         num_vq_embeddings: size K of the codebook.
         patch_size: pixels per side that become channels; derived from `in_channels` when not given.
+        pixel_range: black and white as the inner network sees them, (0, 1) for aMUSEd. It cannot be folded into the
+            first convolution, which pads pictures with zeros: grey in one range, black in the other.
 
     The other arguments are those of `diffusers.VQModel`.
 
     Raises:
-        ValueError: channels, patch size and block lists do not fit together.
+        ValueError: channels, patch size and block lists do not fit together, or black is not below white.
     """
 
     _supports_gradient_checkpointing = True
@@ -137,22 +140,27 @@ class UniTokVQModel(VQModel):
         lookup_from_codebook: bool = False,
         force_upcast: bool = False,
         patch_size: int | None = None,
+        pixel_range: tuple[float, float] = (-1.0, 1.0),
     ):
         levels = len(block_out_channels)
         down_block_types = tuple(down_block_types or ["DownEncoderBlock2D"] * levels)
         up_block_types = tuple(up_block_types or ["UpDecoderBlock2D"] * levels)
         vq_embed_dim = vq_embed_dim or latent_channels
-        patch_size = patch_size or math.isqrt(in_channels // 3)
+        patch_size = math.isqrt(in_channels // 3) if patch_size is None else patch_size
         if not len(down_block_types) == len(up_block_types) == levels:
             raise ValueError(
                 f"{levels} block_out_channels need as many down_block_types and up_block_types, "
                 f"got {len(down_block_types)} and {len(up_block_types)}"
             )
+        if patch_size < 1:
+            raise ValueError(f"patch_size must be at least 1, got {patch_size}")
         if not in_channels == out_channels == 3 * patch_size**2:
             raise ValueError(
                 f"patch_size {patch_size} needs in_channels = out_channels = {3 * patch_size**2}, "
                 f"got {in_channels} and {out_channels}"
             )
+        if len(pixel_range) != 2 or not pixel_range[0] < pixel_range[1]:
+            raise ValueError(f"pixel_range must be a lower and a higher number, got {pixel_range}")
         super().__init__(
             in_channels=in_channels,
             out_channels=out_channels,
@@ -177,8 +185,35 @@ class UniTokVQModel(VQModel):
             up_block_types=up_block_types,
             vq_embed_dim=vq_embed_dim,
             patch_size=patch_size,
+            pixel_range=tuple(pixel_range),
         )
         self.quantize = CodebookQuantizer(num_vq_embeddings, vq_embed_dim)
+
+    @classmethod
+    def from_taming(cls, path: str, sample_size: int = 256) -> "UniTokVQModel":
+        """A VQGAN of taming-transformers; see `convert_vq` for what is accepted and what is raised.
+
+        Args:
+            path: a `.ckpt`, `.pt`, `.pth`, `.bin` or `.safetensors` file, or a folder with one.
+            sample_size: side of the pictures in pixels, the one thing that tensors do not tell.
+        """
+        from .convert_vq import convert_taming
+
+        return convert_taming(cls, path, sample_size)
+
+    @classmethod
+    def from_llamagen(cls, path: str, sample_size: int = 256) -> "UniTokVQModel":
+        """LlamaGen's VQ-16 or VQ-8; arguments as `from_taming`."""
+        from .convert_vq import convert_llamagen
+
+        return convert_llamagen(cls, path, sample_size)
+
+    @classmethod
+    def from_open_muse(cls, path: str, sample_size: int = 256) -> "UniTokVQModel":
+        """open-muse's VQGAN and MaskGIT-VQGAN, and aMUSEd's folder `vqvae`; arguments as `from_taming`."""
+        from .convert_vq import convert_open_muse
+
+        return convert_open_muse(cls, path, sample_size)
 
     @property
     def codebook(self) -> nn.Parameter:
@@ -208,19 +243,31 @@ class UniTokVQModel(VQModel):
         if x.ndim != 4 or x.shape[1] != 3:
             raise ValueError(f"pictures must have shape (B, 3, H, W), got {tuple(x.shape)}")
         self.grid(*x.shape[-2:])
-        return super().encode(F.pixel_unshuffle(x, self.config.patch_size), return_dict=return_dict)
+        return super().encode(self._to_network(x), return_dict=return_dict)
 
     def decode(
         self, h: torch.Tensor, force_not_quantize: bool = False, return_dict: bool = True, shape=None
     ) -> DecoderOutput | tuple[torch.Tensor, torch.Tensor]:
         """Pictures (B, 3, H, W) of latents (B, d, h, w), which are quantised first unless told otherwise."""
         sample, commit_loss = super().decode(h, force_not_quantize, return_dict=False, shape=shape)
-        sample = F.pixel_shuffle(sample, self.config.patch_size)
+        sample = self._from_network(sample)
         return DecoderOutput(sample=sample, commit_loss=commit_loss) if return_dict else (sample, commit_loss)
+
+    def _to_network(self, pixels: torch.Tensor) -> torch.Tensor:
+        """What the first convolution takes, (B, 3p², H/p, W/p) in `pixel_range`; exact where that is [-1, 1]."""
+        low, high = self.config.pixel_range
+        return F.pixel_unshuffle(pixels * ((high - low) / 2) + (high + low) / 2, self.config.patch_size)
+
+    def _from_network(self, sample: torch.Tensor) -> torch.Tensor:
+        """The inverse of `_to_network`."""
+        low, high = self.config.pixel_range
+        return (F.pixel_shuffle(sample, self.config.patch_size) - (high + low) / 2) / ((high - low) / 2)
 
     @torch.no_grad()
     def encode_to_indices(self, pixel_values: torch.Tensor) -> torch.LongTensor:
         """Codes of pictures.
+
+        Autocast is off inside: encoded in half precision, some latents would get another code.
 
         Args:
             pixel_values: (B, 3, H, W), floating, in [-1, 1].
@@ -229,15 +276,18 @@ class UniTokVQModel(VQModel):
             (B, h, w) int64 in [0, K).
 
         Raises:
-            ValueError: wrong shape, or values outside [-1, 1] (with the value seen).
+            ValueError: wrong shape or type, or values outside [-1, 1] (with the value seen).
         """
+        if not pixel_values.is_floating_point():
+            raise ValueError(f"pixel values must be floating, in [-1, 1], got {pixel_values.dtype}")
         low, high = torch.aminmax(pixel_values)
         if not (low >= -1.01 and high <= 1.01):
             raise ValueError(
                 f"pixel values must lie in [-1, 1], got [{low.item():g}, {high.item():g}]; "
                 "UniTokImageProcessor makes them so"
             )
-        latents = self.encode(pixel_values.to(self.dtype)).latents  # (B, d, h, w)
+        with torch.autocast(pixel_values.device.type, enabled=False):
+            latents = self.encode(pixel_values.to(self.dtype)).latents  # (B, d, h, w)
         batch, _, height, width = latents.shape
         rows = latents.permute(0, 2, 3, 1).flatten(0, 2)
         return nearest_codes(rows, self.codebook).view(batch, height, width)
@@ -248,8 +298,9 @@ class UniTokVQModel(VQModel):
         Raises:
             ValueError: not integers, not three-dimensional, or a code outside [0, K), with its position.
         """
-        if indices.ndim != 3 or indices.is_floating_point():
+        if indices.ndim != 3 or indices.is_floating_point() or indices.dtype == torch.bool:
             raise ValueError(f"codes must be integers of shape (B, h, w), got {indices.dtype} {tuple(indices.shape)}")
+        indices = indices.long()
         bad = (indices < 0) | (indices >= self.config.num_vq_embeddings)
         if bad.any():
             where = bad.nonzero()[0].tolist()
@@ -280,7 +331,7 @@ class UniTokVQModel(VQModel):
         features = self.decoder(
             self.post_quant_conv(quantized), quantized if self.config.norm_type == "spatial" else None
         )
-        sample = F.pixel_shuffle(features, self.config.patch_size)
+        sample = self._from_network(features)
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
     get_code = encode_to_indices

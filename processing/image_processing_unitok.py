@@ -44,9 +44,18 @@ class UniTokImageProcessor(PilBackend):
             image = load_rgb(image)
         return super().process_image(image, do_convert_rgb=do_convert_rgb, **kwargs)
 
+    def rescale(self, image: np.ndarray, scale: float, **kwargs) -> np.ndarray:
+        """In single precision, as in training: the last bit can decide which code is nearest."""
+        return image.astype(np.float32) * np.float32(scale)
+
     def _preprocess(
-        self, images: list[np.ndarray], do_resize, size, do_center_crop, crop_size, **kwargs
+        self, images: list[np.ndarray], do_resize, size, do_center_crop, crop_size, do_rescale, **kwargs
     ) -> BatchFeature:
+        for image in images:
+            if do_rescale and image.dtype.kind == "f" and 0 < image.max() <= 1:
+                raise ValueError(
+                    "a picture of floats up to 1 would become black; pass do_rescale=False, or values from 0 to 255"
+                )
         side = crop_size.height if do_resize and do_center_crop else None
         if side is not None and side == crop_size.width == size.shortest_edge:
             do_resize = do_center_crop = False
@@ -57,7 +66,13 @@ class UniTokImageProcessor(PilBackend):
                 for image in images
             ]
         return super()._preprocess(
-            images, do_resize=do_resize, size=size, do_center_crop=do_center_crop, crop_size=crop_size, **kwargs
+            images,
+            do_resize=do_resize,
+            size=size,
+            do_center_crop=do_center_crop,
+            crop_size=crop_size,
+            do_rescale=do_rescale,
+            **kwargs,
         )
 
     def postprocess(self, images: torch.Tensor | list[torch.Tensor], **kwargs) -> BatchFeature:

@@ -9,6 +9,7 @@
 
 from typing import Literal
 
+import numpy as np
 import torch
 from PIL import Image
 from transformers import BatchFeature, PreTrainedTokenizerBase
@@ -95,7 +96,8 @@ class UniTokProcessor(ProcessorMixin):
         """`input_ids`, `attention_mask` and, with images, `pixel_values` (M, 3, H, W) in reading order.
 
         Args:
-            images: pictures of the samples: a flat list, or one list per sample.
+            images: pictures of the samples: one list per sample, or a flat list or batch, one per sample (all of them for
+                a single text).
             text: one string per sample; may be left out when there are images.
             **kwargs: `generation_mode`, and those of the tokenizer and the image processor.
 
@@ -109,8 +111,13 @@ class UniTokProcessor(ProcessorMixin):
         if images is not None:
             images = self._per_sample(images, None if texts is None else len(texts))
             texts = [""] * len(images) if texts is None else list(texts)
-            if not any(self.image_token in sample for sample in texts):
-                texts = [self.image_token * len(own) + sample for own, sample in zip(images, texts, strict=True)]
+            for number, (own, sample) in enumerate(zip(images, texts, strict=True)):
+                if self.image_token not in sample:
+                    texts[number] = self.image_token * len(own) + sample
+                elif sample.count(self.image_token) != len(own):
+                    raise ValueError(
+                        f"text {number} has {sample.count(self.image_token)} {self.image_token}, but {len(own)} images"
+                    )
             images = [picture for own in images for picture in own]
         if texts is not None and mode == "image":
             texts = [sample + self.image_start_token for sample in texts]
@@ -118,7 +125,9 @@ class UniTokProcessor(ProcessorMixin):
 
     def _per_sample(self, images, samples: int | None) -> list[list]:
         """Images as one list per sample."""
-        if not isinstance(images, list | tuple):
+        if isinstance(images, np.ndarray | torch.Tensor) and images.ndim == 4:
+            images = list(images)
+        elif not isinstance(images, list | tuple):
             images = [images]
         if images and isinstance(images[0], list | tuple):
             nested = [list(own) for own in images]

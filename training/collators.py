@@ -13,6 +13,8 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from PIL import Image
 from transformers import PreTrainedTokenizerBase, TrainerCallback
@@ -20,15 +22,11 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from .augmentation import AUGMENTATIONS
 
 
-def read_rows(data_path: str) -> datasets.Dataset:
-    """The rows of Parquet data, memory-mapped.
-
-    Args:
-        data_path: a Parquet file, a folder of them, or a pattern such as `data/emoji-*.parquet`.
+def parquet_files(data_path: str) -> list[Path]:
+    """The Parquet files at a path: a file, a folder of them, or a pattern such as `data/emoji-*.parquet`.
 
     Raises:
         FileNotFoundError: nothing is there.
-        ValueError: there is no `image` column of pictures, or no row.
     """
     path = Path(data_path)
     if path.is_dir():
@@ -37,12 +35,32 @@ def read_rows(data_path: str) -> datasets.Dataset:
         files = [path] if path.exists() else sorted(path.parent.glob(path.name))
     if not files:
         raise FileNotFoundError(f"no Parquet data at {data_path}; make some with `unitok-hf prepare-data`")
-    rows = datasets.load_dataset("parquet", data_files=[str(file) for file in files], split="train")
-    if not isinstance(rows.features.get("image"), datasets.Image):
-        raise ValueError(f"{data_path} has no column `image` of pictures, only {', '.join(rows.column_names)}")
-    if len(rows) == 0:
+    return files
+
+
+def read_rows(data_path: str) -> datasets.Dataset:
+    """The rows of Parquet data, memory-mapped.
+
+    Args:
+        data_path: as of `parquet_files`.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        ValueError: a file is no Parquet, the files do not fit together, or there is no row.
+    """
+    files = parquet_files(data_path)
+    rows = 0
+    for file in files:
+        try:
+            rows += pq.read_metadata(file).num_rows
+        except pa.ArrowInvalid as error:
+            raise ValueError(f"{file} is no Parquet file: {error}") from error
+    if rows == 0:
         raise ValueError(f"{data_path} has no rows")
-    return rows
+    try:
+        return datasets.load_dataset("parquet", data_files=[str(file) for file in files], split="train")
+    except datasets.exceptions.DatasetGenerationError as error:
+        raise ValueError(f"{data_path} cannot be read: {error.__cause__}") from error
 
 
 def hold_out(rows: datasets.Dataset, fraction: float, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
@@ -68,14 +86,18 @@ def training_and_validation(
     return hold_out(rows, validation_fraction, seed)
 
 
-def require_column(rows: datasets.Dataset, name: str) -> None:
-    """Raises ValueError, with the columns there are, unless the rows have one of this name."""
+def require_text(rows: datasets.Dataset, name: str) -> None:
+    """Raises ValueError, with the columns there are, unless the rows have a column of text of this name."""
     if name not in rows.column_names:
         raise ValueError(f"the data has no column {name!r}, only {', '.join(rows.column_names)}")
+    if rows.features[name] not in (datasets.Value("string"), datasets.Value("large_string")):
+        raise ValueError(f"the column {name!r} holds no text, but {rows.features[name]}")
 
 
 def require_size(rows: datasets.Dataset, image_size: int) -> None:
-    """Raises ValueError unless the first picture is a square of this size in pixels."""
+    """Raises ValueError unless there are pictures, and the first one is a square of this size in pixels."""
+    if not isinstance(rows.features.get("image"), datasets.Image):
+        raise ValueError(f"the data has no column 'image' of pictures, only {', '.join(rows.column_names)}")
     picture = next((picture for picture in rows["image"] if picture is not None), None)
     if picture is None:
         raise ValueError("no row of the data has a picture")
@@ -85,6 +107,25 @@ def require_size(rows: datasets.Dataset, image_size: int) -> None:
             f"the pictures are {width}x{height} pixels, not {image_size}x{image_size}; "
             f"prepare the data again with --image_size {image_size}"
         )
+
+
+def with_text_alone(rows: datasets.Dataset, text_column: str) -> datasets.Dataset:
+    """The rows that have a text, and nothing else of them.
+
+    Raises:
+        ValueError: there is none.
+    """
+    rows = rows.select_columns(text_column).filter(bool, input_columns=text_column)
+    if len(rows) == 0:
+        raise ValueError(f"no row of the data has a text in the column {text_column!r}")
+    return rows
+
+
+def require_pictures(rows: datasets.Dataset) -> None:
+    """Raises ValueError if a row has no picture."""
+    missing = rows.data.column("image").null_count
+    if missing:
+        raise ValueError(f"{missing} rows of the data have no picture; a tokenizer needs one in every row")
 
 
 def to_pixels(picture: Image.Image) -> torch.Tensor:
@@ -97,8 +138,17 @@ class EpochDataset(torch.utils.data.Dataset):
     """Rows whose samples may be random; `epoch` changes what is drawn."""
 
     def __init__(self, rows: datasets.Dataset, augment: str, seed: int):
-        self.rows, self.seed, self.epoch = rows, seed, 0
+        self.rows, self.seed = rows, seed
         self.augmentation = AUGMENTATIONS[augment]
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers may live on from epoch to epoch
+
+    @property
+    def epoch(self) -> int:
+        return int(self._epoch)
+
+    @epoch.setter
+    def epoch(self, epoch: int) -> None:
+        self._epoch.fill_(epoch)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -137,11 +187,12 @@ class StreamDataset(EpochDataset):
         text first:    bos  text  image_start code·n image_end eos
         caption gone:  bos <|uncond|> image_start code·n image_end eos
 
-    Codes are placeholders here. The text of a row may be missing, its picture too. A text that makes the stream longer
+    Codes are placeholders here, to be filled from the picture or from cached codes. The text of a row may be missing, its
+    picture too. A text that makes the stream longer
     than `max_length` loses its end; an image is never cut.
 
     Args:
-        rows: with a column `text_column`, and `image` unless only text is wanted.
+        rows: with a column `text_column`, and `image` or `image_codes` unless only text is wanted.
         tokenizer: with the tokens of `add_special_tokens`; control tokens inside captions are read as plain text.
         codes_per_image: n.
         image_first: share of samples with the image before the text.
@@ -176,12 +227,12 @@ class StreamDataset(EpochDataset):
 
     def __getitem__(self, index: int) -> dict:
         row, generator = self.rows[index], self.generator(index)
-        picture, text = row.get("image"), row[self.text_column]
-        if picture is None and not text:
+        picture, codes, text = row.get("image"), row.get("image_codes"), row[self.text_column]
+        if picture is None and codes is None and not text:
             raise ValueError(f"row {index} of the data has neither a picture nor a text")
         order, drop = torch.rand(2, generator=generator).tolist()
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        image = [] if picture is None else self.image
+        image = [] if picture is None and codes is None else self.image
         words = []
         if text:
             words = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
@@ -193,7 +244,7 @@ class StreamDataset(EpochDataset):
         else:
             ids = [bos, *words, *image, eos]
         pixels = None if picture is None else self.augmentation(to_pixels(picture), generator)
-        return {"input_ids": ids, "pixel_values": pixels}
+        return {"input_ids": ids, "pixel_values": pixels, "image_codes": codes}
 
 
 class StreamCollator:
@@ -216,4 +267,7 @@ class StreamCollator:
         pictures = [sample["pixel_values"] for sample in samples if sample["pixel_values"] is not None]
         if pictures:
             batch["pixel_values"] = torch.stack(pictures)  # (M, 3, H, W)
+        codes = [sample["image_codes"] for sample in samples if sample.get("image_codes") is not None]
+        if codes:
+            batch["image_codes"] = torch.tensor(codes)  # (M, h·w)
         return batch

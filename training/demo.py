@@ -222,8 +222,8 @@ def report(
     import matplotlib.pyplot as plt
 
     shown = [int(np.flatnonzero(digits == digit)[0]) for digit in range(10)]
-    labels = ["real, unseen", "reconstructed\nfrom 16 tokens", *["drawn from\nits name", *[""] * 7]]
     rows = [real[shown], reconstructed[shown], *drawn[:, :8].transpose(0, 1)]
+    labels = ["real, unseen", "reconstructed\nfrom 16 tokens", "drawn from\nits name", *[""] * (len(rows) - 3)]
     figure, axes = plt.subplots(len(rows), 10, figsize=(12, 1.22 * len(rows)), dpi=100)
     for line, (label, pictures) in enumerate(zip(labels, rows, strict=True)):
         for column, picture in enumerate(to_pictures(pictures)):

@@ -36,7 +36,11 @@ class PatchDiscriminator(nn.Module):
         for layer in range(1, layers + 1):
             inside, outside = width * min(2 ** (layer - 1), 8), width * min(2**layer, 8)
             stride = 2 if layer < layers else 1
-            parts += [nn.Conv2d(inside, outside, 4, stride, 1, bias=False), nn.GroupNorm(8, outside), nn.LeakyReLU(0.2)]
+            parts += [
+                nn.Conv2d(inside, outside, 4, stride, 1, bias=False),
+                nn.GroupNorm(8, outside),
+                nn.LeakyReLU(0.2),
+            ]
         self.network = nn.Sequential(*parts, nn.Conv2d(outside, 1, 4, 1, 1))
         self.register_buffer("real_mean", torch.zeros(()))
         self.register_buffer("fake_mean", torch.zeros(()))

@@ -23,7 +23,6 @@ from diffusers.utils import make_image_grid
 from PIL import Image
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from tqdm import tqdm
-from transformers import AutoModel, AutoProcessor
 
 from ..modeling_unitok.modeling_vq import UniTokVQModel
 from ..processing.image_processing_unitok import to_pictures
@@ -33,9 +32,11 @@ from .collators import (
     StreamCollator,
     StreamDataset,
     read_rows,
-    require_column,
+    require_pictures,
     require_size,
+    require_text,
 )
+from .generate import load_model
 
 
 def picture_rows(rows: list[torch.Tensor]) -> Image.Image:
@@ -133,8 +134,10 @@ def evaluate(args: EvaluateArguments) -> dict[str, float]:
     Raises:
         OSError, ValueError: the model or the data cannot be used, or `output_file` exists.
     """
-    if args.output_file is not None and Path(args.output_file).exists():
-        raise ValueError(f"{args.output_file} exists; choose another --output_file")
+    if args.output_file is not None:
+        if Path(args.output_file).exists():
+            raise ValueError(f"{args.output_file} exists; choose another --output_file")
+        Path(args.output_file).parent.mkdir(parents=True, exist_ok=True)
     config = Path(args.checkpoint) / "config.json"
     if not config.is_file():
         raise FileNotFoundError(f"no tokenizer or model at {args.checkpoint}")
@@ -154,6 +157,7 @@ def evaluate(args: EvaluateArguments) -> dict[str, float]:
 def _evaluate_tokenizer(args: EvaluateArguments, rows, accelerator: Accelerator) -> dict[str, float]:
     vq_model = UniTokVQModel.from_pretrained(args.checkpoint).to(accelerator.device).eval()
     require_size(rows, vq_model.config.sample_size)
+    require_pictures(rows)
     meter = ReconstructionMeter(vq_model, accelerator)
     loader = torch.utils.data.DataLoader(
         PictureDataset(rows, "none", args.seed), args.batch_size, collate_fn=PictureCollator()
@@ -164,10 +168,10 @@ def _evaluate_tokenizer(args: EvaluateArguments, rows, accelerator: Accelerator)
 
 
 def _evaluate_model(args: EvaluateArguments, rows, accelerator: Accelerator) -> dict[str, float]:
-    model = AutoModel.from_pretrained(args.checkpoint).to(accelerator.device).eval()
-    tokenizer = AutoProcessor.from_pretrained(args.checkpoint).tokenizer
+    model, processor = load_model(args.checkpoint, accelerator.device)
+    tokenizer = processor.tokenizer
     require_size(rows, model.model.vqmodel.config.sample_size)
-    require_column(rows, args.text_column)
+    require_text(rows, args.text_column)
     streams = StreamDataset(
         rows,
         tokenizer,

@@ -20,10 +20,13 @@ import torch
 from diffusers.utils import make_image_grid
 from PIL import Image
 from tqdm import tqdm
-from transformers import AutoModel, AutoProcessor
+from transformers import AutoModel, AutoProcessor, PreTrainedConfig
 
+from ..configuration.configuration_unitok import UniTokConfig
+from ..modeling_unitok.modeling_unitok import UniTokForConditionalGeneration
 from ..processing.image_processing_unitok import to_pictures
 from ..processing.pixels import load_rgb
+from ..processing.processing_unitok import UniTokProcessor
 from .runs import numbered_folder
 
 
@@ -78,6 +81,25 @@ def pick_device(name: str) -> torch.device:
         raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
 
 
+def load_model(checkpoint: str, device: torch.device) -> tuple[UniTokForConditionalGeneration, UniTokProcessor]:
+    """A trained model in evaluation mode, and its processor.
+
+    Raises:
+        OSError: there is nothing at this path, and nothing that the Hub gives us by this name.
+        ValueError: it is something else than a UniTok model.
+    """
+    if not Path(checkpoint).exists() and checkpoint.count("/") != 1:
+        raise FileNotFoundError(f"no model at {checkpoint}")
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(checkpoint)
+    except OSError as error:
+        raise FileNotFoundError(f"no model at {checkpoint}: {error}") from error
+    if config.get("model_type") != UniTokConfig.model_type:
+        kind = config.get("model_type") or config.get("_class_name") or "nothing we know"
+        raise ValueError(f"{checkpoint} holds no UniTok model, but {kind}; `unitok-hf train` makes one")
+    return AutoModel.from_pretrained(checkpoint).to(device).eval(), AutoProcessor.from_pretrained(checkpoint)
+
+
 @torch.no_grad()
 def generate(args: GenerateArguments) -> Path:
     """Generate as the arguments say; returns the folder that was written.
@@ -86,11 +108,9 @@ def generate(args: GenerateArguments) -> Path:
         OSError, ValueError: the model, the image or the device cannot be used.
     """
     device = pick_device(args.device)
-    if not Path(args.checkpoint).exists() and args.checkpoint.count("/") != 1:
-        raise FileNotFoundError(f"no model at {args.checkpoint}")
     picture = None if args.image is None else load_rgb(args.image)
-    model = AutoModel.from_pretrained(args.checkpoint).to(device).eval()
-    processor = AutoProcessor.from_pretrained(args.checkpoint)
+    model, processor = load_model(args.checkpoint, device)
+    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     generator = torch.Generator(device).manual_seed(args.seed)
     prompts = [prompt for prompt in args.prompt or [""] for _ in range(args.num_images)]
     mode = args.generation_mode or ("image" if picture is None else "auto")

@@ -1,7 +1,8 @@
 """Trains the GPT: `unitok-hf train configs/unitok.json`.
 
 Parquet of pictures and captions, a trained image tokenizer, and a text model become one folder that
-`AutoModel.from_pretrained` loads. Pictures are encoded on the fly by the frozen tokenizer inside the model.
+`AutoModel.from_pretrained` loads. Pictures are encoded on the fly by the frozen tokenizer inside the model, or come as
+codes from `unitok-hf encode`.
 
 - text model: NanoChat, sized by one dial as nanochat has it: `depth` layers of width 64 · depth
 - text tokenizer: a byte-level BPE trained on the captions, unless one is given
@@ -38,12 +39,15 @@ from .collators import (
     EpochCallback,
     StreamCollator,
     StreamDataset,
-    require_column,
+    parquet_files,
     require_size,
+    require_text,
     training_and_validation,
+    with_text_alone,
 )
 from .evaluation import stream_bits
 from .runs import checkpoint_to_resume, require_finite, save_arguments, save_beside
+from .token_cache import require_fresh
 
 
 @dataclass(kw_only=True)
@@ -55,7 +59,7 @@ class GPTTrainingArguments(TrainingArguments):
     columns are never dropped; a non-finite loss is an error, not skipped.
     """
 
-    data_path: str = field(metadata={"help": "Parquet file, folder of Parquet files, or pattern, from prepare-data."})
+    data_path: str = field(metadata={"help": "Parquet file, folder of them, or pattern, from prepare-data or encode."})
     eval_data_path: str | None = field(
         default=None, metadata={"help": "Parquet to evaluate on. Default: rows held out of --data_path."}
     )
@@ -112,6 +116,8 @@ class GPTTrainingArguments(TrainingArguments):
                 raise ValueError(f"--{name} must lie in [0, 1], got {getattr(self, name)}")
         if not 0 < self.validation_fraction < 1:
             raise ValueError(f"--validation_fraction must lie in (0, 1), got {self.validation_fraction}")
+        if self.label_smoothing_factor:
+            raise ValueError("--label_smoothing_factor is not supported: the Trainer's labels still hold placeholders")
         if self.use_visual_tokens and self.visual_tokenizer_path is None:
             raise ValueError("--visual_tokenizer_path is missing; train a tokenizer with `unitok-hf train-tokenizer`")
 
@@ -163,6 +169,15 @@ def nanochat_config(depth: int, hidden_size: int | None, vocab_size: int, max_le
     )
 
 
+class TextTrainer(Trainer):
+    """`transformers.Trainer` for the text model alone; a non-finite loss is an error."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        require_finite({"loss": loss}, self.state.global_step, self.args.output_dir)
+        return (loss, outputs) if return_outputs else loss
+
+
 class GPTTrainer(Trainer):
     """`transformers.Trainer` for UniTok models: text and image loss in the log, bits per token in evaluation."""
 
@@ -180,7 +195,8 @@ class GPTTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            logs |= {name: torch.stack(values).mean().item() for name, values in self.terms.items()}
+            for name, values in self.terms.items():
+                logs[name] = self.accelerator.reduce(torch.stack(values).mean(), reduction="mean").item()
             self.terms.clear()
         super().log(logs, start_time)
 
@@ -236,6 +252,18 @@ def load_visual_tokenizer(args: GPTTrainingArguments) -> UniTokVQModel:
     return vq_model
 
 
+def require_images(
+    args: GPTTrainingArguments, data_path: str, rows: datasets.Dataset, vq_model: UniTokVQModel
+) -> None:
+    """Raises ValueError unless the rows hold pictures of the tokenizer's size, or codes that this tokenizer made."""
+    if "image_codes" not in rows.column_names:
+        require_size(rows, vq_model.config.sample_size)
+        return
+    require_fresh(parquet_files(data_path), vq_model)
+    if args.augment != "none":
+        raise ValueError(f"--augment {args.augment} changes pictures, but {data_path} holds codes; leave it out")
+
+
 def train_gpt(args: GPTTrainingArguments) -> dict[str, float]:
     """Train a model as the arguments say, and save it to `args.output_dir`.
 
@@ -247,13 +275,16 @@ def train_gpt(args: GPTTrainingArguments) -> dict[str, float]:
     """
     checkpoint = checkpoint_to_resume(args)
     vq_model = load_visual_tokenizer(args) if args.use_visual_tokens else None
-    rows, eval_rows = training_and_validation(
-        args.data_path, args.eval_data_path, args.validation_fraction, args.data_seed or args.seed
-    )
+    data_seed = args.seed if args.data_seed is None else args.data_seed
+    rows, eval_rows = training_and_validation(args.data_path, args.eval_data_path, args.validation_fraction, data_seed)
     for part in (rows, eval_rows):
-        require_column(part, args.text_column)
-    if vq_model is not None:
-        require_size(rows, vq_model.config.sample_size)
+        require_text(part, args.text_column)
+    if vq_model is None:
+        rows, eval_rows = (with_text_alone(part, args.text_column) for part in (rows, eval_rows))
+    else:
+        require_images(args, args.data_path, rows, vq_model)
+        if args.eval_data_path is not None:
+            require_images(args, args.eval_data_path, eval_rows, vq_model)
     set_seed(args.seed)
     if args.text_tokenizer_path is not None:
         tokenizer = AutoTokenizer.from_pretrained(args.text_tokenizer_path)
@@ -262,9 +293,8 @@ def train_gpt(args: GPTTrainingArguments) -> dict[str, float]:
         tokenizer = train_text_tokenizer(captions, args.text_vocab_size)
     add_special_tokens(tokenizer)
     if vq_model is None:
-        rows, eval_rows = rows.remove_columns("image"), eval_rows.remove_columns("image")
         model = NanoChatForCausalLM(nanochat_config(args.depth, args.hidden_size, len(tokenizer), args.max_length))
-        trainer_class, processor, codes_per_image = Trainer, tokenizer, 0
+        trainer_class, processor, codes_per_image = TextTrainer, tokenizer, 0
     else:
         model, processor = build_model(args, tokenizer, vq_model)
         trainer_class, codes_per_image = GPTTrainer, model.vocabulary.codes_per_image
@@ -279,7 +309,7 @@ def train_gpt(args: GPTTrainingArguments) -> dict[str, float]:
             args.caption_dropout,
             args.max_length,
             augment,
-            args.data_seed or args.seed,
+            data_seed,
         )
 
     trainer = trainer_class(

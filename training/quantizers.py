@@ -225,12 +225,12 @@ class EMACodebook(nn.Module):
         return len(dead)
 
     def report(self) -> dict[str, float]:
-        """Usage and perplexity of the codes chosen since the last call, and codes revived per step; {} before k-means."""
-        steps, revived, shares = self.steps, self.revived, self.window / self.window.sum().clamp(min=1)
-        usage = (self.window > 0).float().mean().item()
+        """Usage and perplexity of the codes chosen since the last call, and codes revived per step; {} if none was."""
+        steps, revived, chosen = self.steps, self.revived, self.window.sum()
+        shares, usage = self.window / chosen.clamp(min=1), (self.window > 0).float().mean().item()
         self.steps = self.revived = 0
         self.window.zero_()
-        if not self.started:
+        if chosen == 0:
             return {}
         perplexity = torch.special.xlogy(shares, shares).sum().neg().exp().item()
         return {"codebook_usage": usage, "codebook_perplexity": perplexity, "codes_revived": revived / max(steps, 1)}

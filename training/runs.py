@@ -10,44 +10,49 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 from transformers import TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+
+
+def last_checkpoint(output_dir: str | Path) -> Path | None:
+    """The newest whole checkpoint of a run. `trainer_state.json` is written last: a run killed before it left a stump."""
+    whole = [state.parent for state in Path(output_dir).glob("checkpoint-*/trainer_state.json")]
+    return max(whole, key=lambda folder: int(folder.name.removeprefix("checkpoint-")), default=None)
 
 
 def checkpoint_to_resume(args: TrainingArguments) -> str | None:
     """The checkpoint folder this run continues from; None for a new run.
 
-    `--resume_from_checkpoint last` means the newest checkpoint in the output folder.
+    `--resume_from_checkpoint last` means the newest whole checkpoint in the output folder.
 
     Raises:
-        ValueError: a new run would write into a folder that holds another one; or there is nothing to resume.
+        ValueError: the run would write into a folder that holds another one; or there is nothing to resume.
     """
     output_dir = Path(args.output_dir)
     wanted = args.resume_from_checkpoint
-    if wanted is None:
-        if output_dir.is_dir() and any(output_dir.iterdir()):
-            raise ValueError(
-                f"{output_dir} already holds files; choose another --output_dir, "
-                "or continue the run in it with --resume_from_checkpoint last"
-            )
-        return None
-    found = get_last_checkpoint(output_dir) if wanted == "last" and output_dir.is_dir() else wanted
-    if found is None or not (Path(found) / "trainer_state.json").is_file():
+    found = last_checkpoint(output_dir) if wanted == "last" else wanted
+    if wanted is not None and (found is None or not (Path(found) / "trainer_state.json").is_file()):
         raise ValueError(f"there is no checkpoint to resume at {output_dir if wanted == 'last' else wanted}")
-    return str(found)
+    goes_on_here = found is not None and Path(found).resolve().parent == output_dir.resolve()
+    if not goes_on_here and output_dir.is_dir() and any(output_dir.iterdir()):
+        raise ValueError(
+            f"{output_dir} already holds files; choose another --output_dir, "
+            "or continue the run in it with --resume_from_checkpoint last"
+        )
+    return None if found is None else str(found)
 
 
 def require_finite(terms: dict[str, torch.Tensor], step: int, output_dir: str) -> None:
     """Raises ValueError when the loss of the step after `step` is not finite, with all its terms and the way back."""
     if not torch.isfinite(terms["loss"]):
         values = ", ".join(f"{name} {value.item():g}" for name, value in terms.items())
-        saved = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
+        saved = last_checkpoint(output_dir)
         raise ValueError(
             f"the loss is not finite at step {step + 1} ({values}); lower --learning_rate. "
-            + (f"The last good checkpoint is {saved}" if saved else "No checkpoint was written yet")
+            + (f"The last checkpoint is {saved}" if saved else "No checkpoint was written yet")
         )
 
 
@@ -69,10 +74,12 @@ def save_beside(output_dir: str, save: Callable[[str], object]) -> None:
 
 
 def numbered_folder(parent: str | Path) -> Path:
-    """A new empty folder `parent/001`, or the next free number."""
+    """A new empty folder `parent/001`, or the next free number, also when others ask at the same time."""
     parent = Path(parent)
     parent.mkdir(parents=True, exist_ok=True)
-    number = 1 + max((int(folder.name) for folder in parent.iterdir() if folder.name.isdigit()), default=0)
-    folder = parent / f"{number:03d}"
-    folder.mkdir()
-    return folder
+    while True:
+        number = 1 + max((int(folder.name) for folder in parent.iterdir() if folder.name.isdigit()), default=0)
+        folder = parent / f"{number:03d}"
+        with suppress(FileExistsError):
+            folder.mkdir()
+            return folder

@@ -6,9 +6,10 @@ The recipe, in the order in which it acts:
    started on a young encoder shrink); the latents are only watched
 2. the latents are scaled to unit variance, once, with the factor folded into the two 1x1 convolutions around them
 3. k-means on the watched latents makes the codebook; from here on latents are quantised
-4. EMA codes, relative dead-code rule, rotation trick (see `quantizers`), commitment loss, multi-scale L1
-
-The adversarial and perceptual terms of a VQGAN join in `VQTrainingModel.forward` and `VQTrainer.compute_loss`.
+4. EMA codes, relative dead-code rule, rotation trick (see `quantizers`), commitment loss, multi-scale L1; with
+   `perceptual_weight`, a distance of features (see `perceptual`)
+5. with `adversarial_weight`, a discriminator (see `discriminator`) that learns from `discriminator_start` on and is heard
+   from `adversarial_start` on, first softly; both learn from the same batch in one optimizer step
 
 A `transformers.Trainer`: its arguments, logging, callbacks, distributed runs and resume. A checkpoint is a loadable
 tokenizer folder plus what training needs; a resumed run continues bit for bit. The final folder is the tokenizer alone.
@@ -26,14 +27,23 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from ..modeling_unitok.modeling_vq import UniTokVQModel, nearest_codes
-from .collators import EpochCallback, PictureCollator, PictureDataset, require_size, training_and_validation
+from .collators import (
+    EpochCallback,
+    PictureCollator,
+    PictureDataset,
+    require_pictures,
+    require_size,
+    training_and_validation,
+)
+from .discriminator import PatchDiscriminator, adaptive_weight
 from .evaluation import ReconstructionMeter, picture_rows
 from .losses import multi_scale_l1
+from .perceptual import PerceptualDistance
 from .quantizers import EMACodebook, rotate_to
 from .runs import checkpoint_to_resume, require_finite, save_arguments, save_beside
 
 
-TRAINING_STATE = "codebook_state.safetensors"
+TRAINING_STATE = "training_state.safetensors"
 
 
 @dataclass(kw_only=True)
@@ -71,6 +81,28 @@ class VQTrainingArguments(TrainingArguments):
         default=0.1, metadata={"help": "Share of the steps that train without quantisation, before k-means."}
     )
     commitment_weight: float = field(default=0.25, metadata={"help": "Weight of the commitment loss."})
+    perceptual_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the EfficientNet-Lite0 feature loss; 0 for none."}
+    )
+    adversarial_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the adversarial loss next to the others; 0 for no discriminator."}
+    )
+    discriminator_start: float = field(
+        default=0.4, metadata={"help": "Share of the steps after which the discriminator learns."}
+    )
+    adversarial_start: float = field(
+        default=0.5, metadata={"help": "Share of the steps after which the tokenizer hears it."}
+    )
+    adversarial_ramp: float = field(
+        default=0.1, metadata={"help": "Share of the steps over which the adversarial weight rises."}
+    )
+    discriminator_layers: int = field(
+        default=2, metadata={"help": "Strided layers of the discriminator: 2 for 64x64 pictures, 3 for 256x256."}
+    )
+    discriminator_learning_rate: float = field(
+        default=2e-4, metadata={"help": "Peak learning rate of the discriminator."}
+    )
+    lecam_weight: float = field(default=0.001, metadata={"help": "Weight of LeCAM in the discriminator's loss."})
     ema_decay: float = field(default=0.99, metadata={"help": "Decay of the codebook's moving averages, per step."})
 
     output_dir: str | None = field(default="out/tokenizer", metadata={"help": "Folder of the run and the tokenizer."})
@@ -100,6 +132,12 @@ class VQTrainingArguments(TrainingArguments):
         super().__post_init__()
         if not 0 <= self.continuous_fraction < 1:
             raise ValueError(f"--continuous_fraction must lie in [0, 1), got {self.continuous_fraction}")
+        starts = (self.continuous_fraction, self.discriminator_start, self.adversarial_start, 1)
+        if self.adversarial_weight and list(starts) != sorted(starts):
+            raise ValueError(
+                "--continuous_fraction, --discriminator_start and --adversarial_start must follow each other, got "
+                f"{self.continuous_fraction}, {self.discriminator_start}, {self.adversarial_start}"
+            )
         if not 0 < self.validation_fraction < 1:
             raise ValueError(f"--validation_fraction must lie in (0, 1), got {self.validation_fraction}")
 
@@ -110,18 +148,29 @@ class VQTrainingModel(nn.Module):
     Args:
         vq: the tokenizer; its codebook is moved by `codebook_state`, not by gradients.
         codebook_state: what the codebook's training remembers.
-        commitment_weight: of the commitment loss, beta in VQ-VAE.
+        args: weights and times of the losses.
+
+    Attributes:
+        progress: share of the training steps that are done; the trainer keeps it.
+        discriminator, perceptual: None where their weight is 0.
     """
 
-    def __init__(self, vq: UniTokVQModel, codebook_state: EMACodebook, commitment_weight: float):
+    def __init__(self, vq: UniTokVQModel, codebook_state: EMACodebook, args: VQTrainingArguments):
         super().__init__()
         self.vq = vq
         self.vq.codebook.requires_grad_(False)
         self.codebook_state = codebook_state
-        self.commitment_weight = commitment_weight
+        self.args = args
+        self.progress = 0.0
+        self.discriminator = PatchDiscriminator(args.discriminator_layers) if args.adversarial_weight else None
+        self.perceptual = PerceptualDistance() if args.perceptual_weight else None
+        # what the last convolution of the decoder sees, for the adaptive weight
+        vq.decoder.conv_out.register_forward_pre_hook(
+            lambda module, inputs: setattr(self, "last_features", inputs[0].detach())
+        )
 
     def forward(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Losses of pictures (B, 3, H, W) in [-1, 1]: `loss`, and its terms `reconstruction` and `commitment`."""
+        """Losses of pictures (B, 3, H, W) in [-1, 1]: `loss`, and its terms by name, without gradient."""
         latents = self.vq.encode(pixel_values).latents  # (B, d, h, w)
         rows = latents.permute(0, 2, 3, 1).flatten(0, 2).float()  # (N, d)
         self.codebook_state.observe(rows)
@@ -133,10 +182,58 @@ class VQTrainingModel(nn.Module):
         else:
             commitment = rows.new_zeros(())
             quantized = latents
-        sample = self.vq.decode(quantized, force_not_quantize=True).sample
-        reconstruction = multi_scale_l1(sample.float(), pixel_values)
-        loss = reconstruction + self.commitment_weight * commitment
-        return {"loss": loss, "reconstruction": reconstruction, "commitment": commitment}
+        sample = self.vq.decode(quantized, force_not_quantize=True).sample.float()
+        terms = {"commitment": commitment}
+        if self.discriminator is not None and self.progress >= self.args.discriminator_start:
+            loss = self._adversarial(sample, pixel_values, terms)
+        else:
+            loss = self._reconstruction(sample, pixel_values, terms)
+            if self.discriminator is not None:  # DDP wants to see every parameter
+                loss = loss + 0 * sum(parameter.sum() for parameter in self.discriminator.parameters())
+        loss = loss + self.args.commitment_weight * commitment
+        return {"loss": loss} | {name: value.detach() for name, value in terms.items()}
+
+    def _reconstruction(self, sample: torch.Tensor, pixels: torch.Tensor, terms: dict) -> torch.Tensor:
+        terms["reconstruction"] = loss = multi_scale_l1(sample, pixels)
+        if self.perceptual is not None:
+            terms["perceptual"] = self.perceptual(sample, pixels)
+            loss = loss + self.args.perceptual_weight * terms["perceptual"]
+        return loss
+
+    def _adversarial(self, sample: torch.Tensor, pixels: torch.Tensor, terms: dict) -> torch.Tensor:
+        """Loss of tokenizer and discriminator whose one backward pass gives both their gradients.
+
+        Its value is that of the losses; its gradient at `sample` is the sum of the two gradients taken here.
+        """
+        leaf = sample.detach().requires_grad_()
+        with torch.enable_grad():
+            reconstruction = self._reconstruction(leaf, pixels, terms)
+            [gradient] = torch.autograd.grad(reconstruction, leaf)
+            fake, real = self.discriminator(leaf), self.discriminator(pixels)
+        args = self.args
+        ramp = min(1.0, (self.progress - args.adversarial_start) / max(args.adversarial_ramp, 1e-9))
+        if ramp > 0:
+            [wish] = torch.autograd.grad(-fake.mean(), leaf, retain_graph=True)
+            patch = self.vq.config.patch_size
+            weight = adaptive_weight(
+                F.pixel_unshuffle(gradient, patch),
+                F.pixel_unshuffle(wish, patch),
+                self.last_features,
+                self.vq.decoder.conv_out.weight,
+            )
+            gradient = gradient + ramp * args.adversarial_weight * weight * wish
+            terms |= {"adversarial": -fake.mean(), "adaptive_weight": weight}
+        judged = self.discriminator.loss(real, fake, args.lecam_weight)
+        if self.training:
+            self.discriminator.remember(real, fake)
+        terms |= {
+            "discriminator": judged,
+            "discriminator_accuracy": torch.cat([real > 0, fake < 0]).float().mean(),
+            "logits_real": real.mean(),
+            "logits_fake": fake.mean(),
+        }
+        through = (sample * gradient).sum()
+        return through - through.detach() + reconstruction.detach() + judged
 
     @torch.no_grad()
     def start_codebook(self, step: int) -> None:
@@ -149,12 +246,38 @@ class VQTrainingModel(nn.Module):
         state.recent /= scale
         state.start(self.vq.codebook, step)
 
+    def activation_checkpointing_enable(self, **_) -> None:
+        """What the Trainer calls for `--activation_checkpointing`."""
+        self.vq.enable_gradient_checkpointing()
+
+    def training_state(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint holds besides the tokenizer: the codebook's state and the discriminator."""
+        return {
+            name: tensor.contiguous()
+            for name, tensor in self.state_dict().items()
+            if name.startswith(("codebook_state.", "discriminator."))
+        }
+
+    def load_training_state(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Undo `training_state`.
+
+        Raises:
+            ValueError: the tensors are of another run: the first one that is missing or too many is named.
+        """
+        different = sorted(set(tensors) ^ set(self.training_state()))
+        if different:
+            raise ValueError(f"the checkpoint was written with other arguments: it differs in {different[0]}")
+        self.load_state_dict(tensors, strict=False)
+
 
 class CodebookCallback(TrainerCallback):
     """Moves the codebook after every optimizer step, and makes it when the continuous warm-up ends."""
 
     def __init__(self, continuous_fraction: float):
         self.continuous_fraction = continuous_fraction
+
+    def on_step_begin(self, args, state, control, model: VQTrainingModel, **_):
+        model.progress = state.global_step / state.max_steps
 
     def on_step_end(self, args, state, control, model: VQTrainingModel, **_):
         model.codebook_state.step(model.vq.codebook, state.global_step)
@@ -170,16 +293,50 @@ class VQTrainer(Trainer):
         super().__init__(model=model, args=args, data_collator=PictureCollator(), callbacks=callbacks, **kwargs)
         self.terms: dict[str, list[torch.Tensor]] = defaultdict(list)
 
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        """One optimizer, so that one checkpoint and one schedule hold both: the discriminator's group has its own rate,
+        betas (0.5, 0.9) and no weight decay."""
+        discriminator = self.model.discriminator
+        if self.optimizer is None and discriminator is not None:
+            decayed = set(self.get_decay_parameter_names(self.model.vq))
+            groups = {True: [], False: []}
+            for name, parameter in self.model.vq.named_parameters():
+                if parameter.requires_grad:
+                    groups[name in decayed].append(parameter)
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            self.optimizer = kind(
+                [
+                    {"params": groups[True], "weight_decay": self.args.weight_decay},
+                    {"params": groups[False], "weight_decay": 0.0},
+                    {
+                        "params": list(discriminator.parameters()),
+                        "weight_decay": 0.0,
+                        "lr": self.args.discriminator_learning_rate,
+                        "betas": (0.5, 0.9),
+                    },
+                ],
+                **options,
+            )
+        return super().create_optimizer(model)
+
+    def _clip_grad_norm(self, model):
+        """Clips tokenizer and discriminator apart: neither's gradients shrink because the other's are large."""
+        if self.model.discriminator is not None:
+            self.accelerator.clip_grad_norm_(self.model.discriminator.parameters(), self.args.max_grad_norm)
+        return self.accelerator.clip_grad_norm_(self.model.vq.parameters(), self.args.max_grad_norm)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         outputs = model(**inputs)
         require_finite(outputs, self.state.global_step, self.args.output_dir)
-        for name in ("reconstruction", "commitment"):
-            self.terms[name].append(outputs[name].detach())
+        for name, value in outputs.items():
+            self.terms[name].append(value)
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            logs |= {name: torch.stack(values).mean().item() for name, values in self.terms.items()}
+            for name, values in self.terms.items():
+                if name != "loss":
+                    logs[name] = self.accelerator.reduce(torch.stack(values).mean(), reduction="mean").item()
             logs |= self.model.codebook_state.report()
             self.terms.clear()
         super().log(logs, start_time)
@@ -202,13 +359,16 @@ class VQTrainer(Trainer):
         """A tokenizer folder, with the codebook's training state and the arguments beside it."""
         output_dir = Path(output_dir or self.args.output_dir)
         self.model.vq.save_pretrained(output_dir)
-        save_file(self.model.codebook_state.state_dict(), output_dir / TRAINING_STATE)
+        save_file(self.model.training_state(), output_dir / TRAINING_STATE)
         save_arguments(self.args, output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         folder = Path(resume_from_checkpoint)
         self.model.vq.load_state_dict(load_file(folder / "diffusion_pytorch_model.safetensors"))
-        self.model.codebook_state.load_state_dict(load_file(folder / TRAINING_STATE))
+        self.model.load_training_state(load_file(folder / TRAINING_STATE))
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
 
 
 def build_training_model(args: VQTrainingArguments) -> VQTrainingModel:
@@ -230,7 +390,7 @@ def build_training_model(args: VQTrainingArguments) -> VQTrainingModel:
     )
     vq.grid(args.image_size, args.image_size)
     state = EMACodebook(args.num_vq_embeddings, args.latent_channels, decay=args.ema_decay, seed=args.seed)
-    return VQTrainingModel(vq, state, args.commitment_weight)
+    return VQTrainingModel(vq, state, args)
 
 
 def train_tokenizer(args: VQTrainingArguments) -> dict[str, float]:
@@ -243,16 +403,17 @@ def train_tokenizer(args: VQTrainingArguments) -> dict[str, float]:
         FileNotFoundError, ValueError: the data, the sizes or the output folder are not usable; nothing was written.
     """
     checkpoint = checkpoint_to_resume(args)
-    rows, eval_rows = training_and_validation(
-        args.data_path, args.eval_data_path, args.validation_fraction, args.data_seed or args.seed
-    )
-    require_size(rows, args.image_size)
+    data_seed = args.seed if args.data_seed is None else args.data_seed
+    rows, eval_rows = training_and_validation(args.data_path, args.eval_data_path, args.validation_fraction, data_seed)
+    for part in (rows, eval_rows):
+        require_size(part, args.image_size)
+        require_pictures(part)
     set_seed(args.seed)
     model = build_training_model(args)
     trainer = VQTrainer(
         model,
         args,
-        train_dataset=PictureDataset(rows, args.augment, args.data_seed or args.seed),
+        train_dataset=PictureDataset(rows, args.augment, data_seed),
         eval_dataset=PictureDataset(eval_rows, "none", args.seed),
     )
     trainer.train(resume_from_checkpoint=checkpoint)

@@ -1,0 +1,681 @@
+"""What generation promises: well-formed streams in every strategy, guidance as defined, reproducible draws, and a way
+back from ids to text and pictures that accounts for every token.
+
+The model here is untrained and small: a vocabulary of 64 text rows and 16 codes, images of 2x3 codes.
+"""
+
+import re
+
+import pytest
+import torch
+from transformers import AutoModel, GenerationConfig, LogitsProcessor, LogitsProcessorList, NanoChatConfig
+
+from unitok_hf import UniTokConfig, UniTokForConditionalGeneration
+
+
+PAD, BOS, EOS, START, END, PLACEHOLDER, UNCOND = range(7)
+OFFSET, K, N = 64, 16, 6
+IMAGE = [START, *range(OFFSET, OFFSET + N), END]
+PROMPTS = [
+    [BOS, 20],
+    [BOS, 20, 21, 22, 23, START],
+    [BOS, START, 70, 71],
+    [BOS, 30, 31, 32, START, 70, 71, 72, 73, 74, 75],
+    [BOS, *IMAGE, 40],
+]
+SAMPLING = {"do_sample": True, "top_k": 0}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Models as small as these only lose time to a second thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def tiny(seed: int, text_rows: int = 64) -> UniTokForConditionalGeneration:
+    torch.manual_seed(seed)
+    text_config = NanoChatConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, initializer_range=0.5
+    )
+    vq_config = {"block_out_channels": (32, 32, 32), "latent_channels": 4, "num_vq_embeddings": K}
+    config = UniTokConfig(
+        text_config=text_config,
+        vq_config=vq_config,
+        text_vocab_size=text_rows,
+        num_visual_tokens=K,
+        image_grid=(2, 3),
+    )
+    return UniTokForConditionalGeneration(config).eval()
+
+
+@pytest.fixture(scope="module")
+def built() -> UniTokForConditionalGeneration:
+    return tiny(seed=3)
+
+
+@pytest.fixture
+def model(built) -> UniTokForConditionalGeneration:
+    """The tiny model, its generation config as new, and the global generator seeded."""
+    torch.manual_seed(0)
+    kept = built.generation_config.to_dict()
+    yield built
+    built.generation_config = GenerationConfig(**kept)
+
+
+def batch(prompts: list[list[int]]) -> dict[str, torch.Tensor]:
+    """Prompts padded on the left."""
+    length = max(map(len, prompts))
+    input_ids = torch.tensor([[PAD] * (length - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    return {"input_ids": input_ids, "attention_mask": mask}
+
+
+def letters(ids: list[int]) -> str:
+    """One letter per token: b(os) e(os) p(ad) S(tart) E(nd) c(ode) t(ext), x for what never may be generated."""
+    special = {PAD: "p", BOS: "b", EOS: "e", START: "S", END: "E", PLACEHOLDER: "x", UNCOND: "x"}
+    return "".join(special.get(token, "c" if token >= OFFSET else "t") for token in ids)
+
+
+# beams that ended early are filled up with eos: transformers takes a pad of id 0 for none
+WELL_FORMED = re.compile(rf"p*b(t|Sc{{{N}}}E)*(e[pe]*)?")
+
+
+def images_of(streams: torch.Tensor) -> list[int]:
+    """Images in each row of streams that are well formed."""
+    rows = [letters(row) for row in streams.tolist()]
+    for row in rows:
+        assert WELL_FORMED.fullmatch(row), row
+    return [row.count("S") for row in rows]
+
+
+class Boost(LogitsProcessor):
+    """Adds to the score of one token."""
+
+    def __init__(self, token: int, by: float):
+        self.token, self.by = token, by
+
+    def __call__(self, input_ids, scores):
+        scores = scores.clone()
+        scores[:, self.token] += self.by
+        return scores
+
+
+def eager(by: float = 1e3) -> LogitsProcessorList:
+    """Makes a model begin an image wherever it may."""
+    return LogitsProcessorList([Boost(START, by)])
+
+
+STRATEGIES = {
+    "greedy": {},
+    "sampling": SAMPLING,
+    "hot": SAMPLING | {"temperature": 9.0, "image_temperature": 9.0},
+    "top_k": SAMPLING | {"top_k": 3, "image_top_k": 2},
+    "top_p": SAMPLING | {"top_p": 0.5, "image_top_p": 0.5},
+    "min_p": SAMPLING | {"min_p": 0.2},
+    "beams": {"num_beams": 3},
+    "all beams": {"num_beams": 3, "num_return_sequences": 3},
+    "beam sampling": SAMPLING | {"num_beams": 3, "num_return_sequences": 2},
+    "several": SAMPLING | {"num_return_sequences": 3},
+    "guided": {"guidance_scale": 3.0},
+    "guided sampling": SAMPLING | {"guidance_scale": 3.0, "num_return_sequences": 2},
+    "static cache": {"cache_implementation": "static"},
+    "no cache": {"use_cache": False},
+    "repetition penalty": {"repetition_penalty": 3.0},
+    "no repeated token": {"no_repeat_ngram_size": 1},
+    "eos forced at the end": {"forced_eos_token_id": EOS},
+    "codes and ends suppressed": {"suppress_tokens": [START, END, *range(OFFSET, OFFSET + 10)]},
+}
+
+
+@pytest.mark.parametrize("mode", ["auto", "interleaved", "text"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_streams_are_well_formed_in_every_strategy(model, strategy, mode):
+    options = STRATEGIES[strategy]
+    streams = model.generate(**batch(PROMPTS), generation_mode=mode, max_new_tokens=20, **options)
+    copies = options.get("num_return_sequences", 1)
+    assert len(streams) == len(PROMPTS) * copies
+    drawn = torch.tensor(images_of(streams)).view(-1, copies)
+    given = torch.tensor([[0], [1], [1], [1], [1]])
+    if mode == "text":
+        assert (drawn == given).all()
+    if mode == "interleaved":
+        owed = torch.tensor([[1], [0], [0], [0], [1]])  # rows that end inside an image finish that one
+        assert (drawn >= given + owed).all()
+
+
+@pytest.mark.parametrize("strategy", ["greedy", "sampling", "beams", "guided"])
+def test_a_model_that_wants_nothing_but_images_draws_whole_ones(model, strategy):
+    streams = model.generate(**batch(PROMPTS), max_new_tokens=30, logits_processor=eager(), **STRATEGIES[strategy])
+    assert min(images_of(streams)) >= 3
+
+
+@pytest.mark.parametrize("strategy", ["greedy", "sampling", "beams", "guided"])
+def test_a_model_that_wants_to_end_does_not_end_inside_an_image(model, strategy):
+    hurry = LogitsProcessorList([Boost(EOS, 1e3)])
+    streams = model.generate(**batch(PROMPTS), max_new_tokens=20, logits_processor=hurry, **STRATEGIES[strategy])
+    assert images_of(streams) == [0, 1, 1, 1, 1]
+    assert all(row[-1] in (EOS, PAD) for row in streams.tolist())
+    streams = model.generate(
+        **batch(PROMPTS), generation_mode="interleaved", max_new_tokens=20, logits_processor=hurry,
+        **STRATEGIES[strategy],
+    )  # fmt: skip
+    assert images_of(streams) == [1, 1, 1, 1, 2]
+
+
+@pytest.mark.parametrize("room", range(1, 3 * N))
+def test_no_image_is_begun_that_does_not_fit(model, room):
+    streams = model.generate(**batch([[BOS, 20]]), max_new_tokens=room, logits_processor=eager())
+    assert images_of(streams) == [room // (N + 2)]
+
+
+def test_the_mask_may_be_left_out(model):
+    inputs = batch(PROMPTS)
+    with_mask = model.generate(**inputs, max_new_tokens=12)
+    assert torch.equal(model.generate(inputs["input_ids"], max_new_tokens=12), with_mask)
+    with_mask = model.generate(**inputs, generation_mode="image", guidance_scale=2.0)
+    without = model.generate(inputs["input_ids"], generation_mode="image", guidance_scale=2.0)
+    assert torch.equal(without, with_mask)
+
+
+@pytest.mark.parametrize("mode", ["auto", "interleaved", "image"])
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_a_prompt_alone_and_in_a_batch_of_eight_gives_the_same(model, mode, scale):
+    prompts = PROMPTS + [[BOS, 50, 51, 52, 53, 54, 55, 56], [BOS, *IMAGE, *IMAGE, START, 66], [BOS]]
+    options = {"generation_mode": mode, "guidance_scale": scale}
+    if mode != "image":
+        options |= {"max_new_tokens": 20}
+    together = model.generate(**batch(prompts), **options)
+    assert len(together.unique(dim=0)) == 8
+    for prompt, row in zip(prompts, together.tolist(), strict=True):
+        alone = model.generate(**batch([prompt]), **options)[0].tolist()
+        padding = len(row) - len(alone)
+        assert row[padding:] == alone or row[padding - 1 :] == [PAD, *alone]
+        assert set(row[:padding]) <= {PAD}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"prompt_lookup_num_tokens": 3}, {"assistant_model": tiny(seed=4)}, {"cache_implementation": "static"}],
+    ids=["prompt lookup", "assistant", "static cache"],
+)
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_faster_decoding_gives_the_greedy_stream(model, options, prompt):
+    plain = model.generate(**batch([prompt]), generation_mode="interleaved", max_new_tokens=16)
+    faster = model.generate(**batch([prompt]), generation_mode="interleaved", max_new_tokens=16, **options)
+    assert torch.equal(faster, plain)
+    plain = model.generate(**batch([prompt]), generation_mode="image")
+    assert torch.equal(model.generate(**batch([prompt]), generation_mode="image", **options), plain)
+
+
+@pytest.mark.parametrize("strategy", set(STRATEGIES) - {"codes and ends suppressed"})
+def test_image_mode_gives_the_codes_of_one_image_per_row(model, strategy):
+    options = STRATEGIES[strategy]
+    ids = model.generate(**batch(PROMPTS), generation_mode="image", **options)
+    copies = options.get("num_return_sequences", 1)
+    assert ids.shape == (len(PROMPTS) * copies, N)
+    assert ids.min() >= OFFSET and ids.max() < OFFSET + K
+    for row in ids[2 * copies : 3 * copies]:
+        assert row[:2].tolist() == [70, 71]
+    for row in ids[3 * copies : 4 * copies]:
+        assert row.tolist() == [70, 71, 72, 73, 74, 75]
+    assert model.decode_image_tokens(ids).shape == (len(ids), 3, 32, 48)
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_the_image_loop_draws_what_the_general_way_draws(model, scale):
+    inputs = batch(PROMPTS)
+    loop = model.generate(**inputs, generation_mode="image", guidance_scale=scale)
+    general = model.generate(
+        **inputs, generation_mode="image", guidance_scale=scale, return_dict_in_generate=True, output_scores=True
+    )
+    assert torch.equal(general.sequences, loop)
+    assert len(general.scores) == N + 1
+    as_stream = model.generate(**inputs, logits_processor=eager(), max_new_tokens=N + 2, guidance_scale=scale)
+    for row, ids, progress in zip(as_stream.tolist(), loop.tolist(), (None, 0, 2, 6, None), strict=True):
+        if progress is not None:
+            begin = len(row) - (N + 2) - progress
+            assert row[begin : begin + N] == ids
+
+
+def test_one_beam_is_greedy_and_more_find_a_likelier_image(model):
+    inputs = batch([[BOS, 20, 21, START]])
+    greedy = model.generate(**inputs, generation_mode="image")
+    beams = model.generate(**inputs, generation_mode="image", num_beams=8)
+
+    def log_likelihood(ids: torch.Tensor) -> float:
+        stream = torch.cat([inputs["input_ids"], ids], dim=1)
+        scores = model(stream).logits[0, 3:-1, OFFSET:].log_softmax(dim=-1)
+        return scores.gather(1, ids[0, :, None] - OFFSET).sum().item()
+
+    assert torch.equal(model.generate(**inputs, generation_mode="image", num_beams=1), greedy)
+    assert not torch.equal(beams, greedy)
+    assert log_likelihood(beams) > log_likelihood(greedy)
+
+
+@torch.no_grad()
+def slow_stream(model, prompt: list[int], new_tokens: int, scale: float, boost: float) -> list[int]:
+    """The greedy stream of one prompt, from its definition: two full forward passes per code, no cache, no padding."""
+    ids = list(prompt)
+    end = len(prompt) + new_tokens
+    while len(ids) < end and ids[-1] != EOS:
+        logits = model(torch.tensor([ids])).logits[0, -1]
+        begun = max((place for place, token in enumerate(ids) if token == START), default=-1)
+        inside = END not in ids[begun:] and begun >= 0
+        if inside and len(ids) - begun == N + 1:
+            ids.append(END)
+        elif inside:
+            uncond = model(torch.tensor([[BOS, UNCOND, *ids[begun:]]])).logits[0, -1]
+            guided = uncond + scale * (logits - uncond)
+            ids.append(OFFSET + int(guided[OFFSET:].argmax()))
+        else:
+            logits[START] = logits[START] + boost if end - len(ids) >= N + 2 else -torch.inf
+            logits[[PAD, BOS, END, PLACEHOLDER, UNCOND]] = -torch.inf
+            ids.append(int(logits[:OFFSET].argmax()))
+    return ids
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.5, 2.0, 5.0])
+def test_guidance_is_what_its_definition_says(model, scale):
+    ids = model.generate(**batch(PROMPTS), generation_mode="image", guidance_scale=scale)
+    for prompt, row in zip(PROMPTS, ids.tolist(), strict=True):
+        inside = letters(prompt).rfind("S") > letters(prompt).rfind("E")
+        stream = slow_stream(model, prompt if inside else [*prompt, START], N + 1, scale, boost=0.0)
+        begun = max(place for place, token in enumerate(stream[: len(prompt) + 1]) if token == START)
+        assert stream[begun + 1 : begun + 1 + N] == row
+    if scale > 1:
+        assert not torch.equal(ids, model.generate(**batch(PROMPTS), generation_mode="image"))
+
+
+@pytest.mark.parametrize("boost", [0.0, 1e3], ids=["as the model likes", "image after image"])
+def test_guidance_starts_anew_for_every_image_of_a_stream(model, boost):
+    streams = model.generate(
+        **batch(PROMPTS), max_new_tokens=26, guidance_scale=3.0, logits_processor=eager(boost)
+    ).tolist()
+    for prompt, row in zip(PROMPTS, streams, strict=True):
+        expected = slow_stream(model, prompt, 26, 3.0, boost)
+        padding = len(streams[0]) - 26 - len(prompt)
+        assert row[padding : padding + len(expected)] == expected
+        assert set(row[padding + len(expected) :]) <= {PAD}
+    if boost:
+        assert min(images_of(torch.tensor(streams))) >= 3
+
+
+def test_a_scale_of_one_or_none_is_no_guidance(model):
+    inputs = batch(PROMPTS)
+    plain = model.generate(**inputs, generation_mode="image")
+    for scale in (1, 1.0, None):
+        assert torch.equal(model.generate(**inputs, generation_mode="image", guidance_scale=scale), plain)
+
+
+@pytest.mark.parametrize("mode", ["interleaved", "image"])
+def test_the_same_seed_gives_the_same_and_another_seed_something_else(model, mode):
+    options = {**batch(PROMPTS), "generation_mode": mode, **SAMPLING, "num_return_sequences": 2}
+    if mode == "interleaved":
+        options["max_new_tokens"] = 20
+
+    def seeded(seed: int) -> torch.Tensor:
+        torch.manual_seed(seed)
+        return model.generate(**options)
+
+    def by_generator(seed: int) -> torch.Tensor:
+        return model.generate(**options, generator=torch.Generator().manual_seed(seed))
+
+    for draw in (seeded, by_generator):
+        one, again, other = draw(1), draw(1), draw(2)
+        assert torch.equal(one, again)
+        assert not torch.equal(one, other)
+    torch.manual_seed(7)
+    first = by_generator(1)
+    state = torch.get_rng_state()
+    torch.manual_seed(7)
+    assert torch.equal(torch.get_rng_state(), state)  # the global one was left alone
+    assert torch.equal(by_generator(1), first)
+
+
+@pytest.mark.parametrize("own_loop", [False, True], ids=["transformers' loop", "ours"])
+def test_images_and_text_are_sampled_each_in_its_way(model, own_loop):
+    inputs = batch([[BOS, 20]] * 16)
+
+    def parts(**options) -> tuple[set, set]:
+        if own_loop:
+            options["generator"] = torch.Generator().manual_seed(0)
+        begun = LogitsProcessorList([Boost(EOS, -1e3)])
+        streams = model.generate(
+            **inputs, generation_mode="interleaved", max_new_tokens=N + 2, do_sample=True, logits_processor=begun,
+            **options,
+        )  # fmt: skip
+        images = {tuple(row[3:-1]) for row in streams.tolist()}
+        longer = model.generate(
+            **inputs, generation_mode="text", max_new_tokens=5, do_sample=True, logits_processor=begun, **options
+        )
+        return images, {tuple(row) for row in longer.tolist()}
+
+    images, texts = parts(top_k=0)
+    assert len(images) > 8 and len(texts) > 8
+    images, texts = parts(top_k=0, image_top_k=1)
+    assert len(images) == 1 and len(texts) > 8
+    images, texts = parts(top_k=1)
+    assert len(images) > 8 and len(texts) == 1
+    images, texts = parts(top_k=0, image_top_p=1e-6)
+    assert len(images) == 1 and len(texts) > 8
+    images, texts = parts(top_k=0, image_temperature=1e-4)
+    assert len(images) == 1 and len(texts) > 8
+    images, texts = parts(top_k=0, temperature=1e-4)
+    assert len(images) > 8 and len(texts) == 1
+    greedy = model.generate(**batch([[BOS, 20, START]]), generation_mode="image")
+    loop = model.generate(**inputs, generation_mode="image", do_sample=True, image_top_k=1)
+    assert torch.equal(loop, greedy.expand(16, -1))
+
+
+def test_defaults_of_the_generation_config_are_saved_loaded_and_honoured(model, tmp_path):
+    inputs = batch([[BOS, 20]] * 8)
+    model.generation_config.update(
+        allow_custom_entries=True, do_sample=True, image_top_k=1, guidance_scale=4.0, max_new_tokens=11
+    )
+    model.save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path)
+    assert (loaded.generation_config.image_top_k, loaded.generation_config.guidance_scale) == (1, 4.0)
+    ids = loaded.generate(**inputs, generation_mode="image")
+    guided = model.generate(**inputs, generation_mode="image", do_sample=False, guidance_scale=4.0)
+    assert torch.equal(ids, guided)
+    assert not torch.equal(ids, model.generate(**inputs, generation_mode="image", do_sample=False, guidance_scale=1.0))
+    assert loaded.generate(**inputs).shape[1] <= 2 + 11
+    streams = loaded.generate(**inputs, do_sample=False, logits_processor=eager())
+    explicit = tiny(seed=3).generate(**inputs, guidance_scale=4.0, max_new_tokens=11, logits_processor=eager())
+    assert torch.equal(streams, explicit)
+    assert len(loaded.generate(**inputs, generation_mode="image", image_top_k=0).unique(dim=0)) > 1
+
+
+def test_a_generation_config_of_the_call_is_honoured(model):
+    inputs = batch([[BOS, 20]] * 8)
+    config = GenerationConfig(do_sample=True, image_top_k=1, max_length=9, eos_token_id=63)
+    assert len(model.generate(**inputs, generation_mode="image", generation_config=config).unique(dim=0)) == 1
+    assert model.generate(**inputs, generation_config=config).shape == (8, 9)
+    assert config.max_length == 9 and config.max_new_tokens is None
+
+
+def test_lengths_are_what_was_asked_for(model):
+    inputs = batch([[BOS, 20]])
+    endless = LogitsProcessorList([Boost(EOS, -1e3)])
+    length = {
+        "default": model.generate(**inputs, logits_processor=endless).shape[1],
+        "max_length": model.generate(**inputs, logits_processor=endless, max_length=9).shape[1],
+        "max_new_tokens": model.generate(**inputs, logits_processor=endless, max_new_tokens=9).shape[1],
+    }
+    assert length == {"default": 2 + N + 2 + 64, "max_length": 9, "max_new_tokens": 11}
+
+
+class Recorder:
+    """A streamer that keeps what it is given."""
+
+    def __init__(self):
+        self.tokens, self.ended = [], 0
+
+    def put(self, value):
+        self.tokens += value.flatten().tolist()
+
+    def end(self):
+        self.ended += 1
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_a_streamer_is_given_what_is_returned(model, scale):
+    inputs, recorder = batch([[BOS, 20]]), Recorder()
+    options = {"guidance_scale": scale, "max_new_tokens": 20}
+    stream = model.generate(**inputs, generation_mode="interleaved", streamer=recorder, **options)
+    assert recorder.tokens == stream[0].tolist() and recorder.ended == 1
+    assert torch.equal(model.generate(**inputs, generation_mode="interleaved", **options), stream)
+    recorder = Recorder()
+    ids = model.generate(**inputs, generation_mode="image", streamer=recorder, guidance_scale=scale)
+    assert recorder.tokens == [BOS, 20, START, *ids[0].tolist(), END] and recorder.ended == 1
+
+
+@pytest.mark.parametrize("options", [{}, {"guidance_scale": 3.0}, {"num_beams": 2}], ids=["plain", "guided", "beams"])
+def test_scores_and_logits_come_with_the_stream(model, options):
+    inputs = batch(PROMPTS)
+    options = {**inputs, "max_new_tokens": 12, "logits_processor": eager(), **options}
+    output = model.generate(**options, return_dict_in_generate=True, output_scores=True, output_logits=True)
+    assert torch.equal(output.sequences, model.generate(**options))
+    assert len(output.scores) == len(output.logits) == 12
+    assert output.past_key_values.get_seq_length() > 12
+    if "num_beams" not in options:
+        finite = torch.isfinite(torch.stack(output.scores))  # (T, B, V)
+        assert not finite[:, :, [PAD, BOS, PLACEHOLDER, UNCOND]].any()
+        assert torch.equal(torch.stack(output.scores).argmax(dim=-1).T, output.sequences[:, -12:])
+
+
+def test_a_conversation_goes_on_from_its_cache(model):
+    first = model.generate(**batch([[BOS, 20, 21]]), max_new_tokens=4, return_dict_in_generate=True)
+    longer = torch.cat([first.sequences, torch.tensor([[25, *IMAGE, 26]])], dim=1)
+    ids = torch.where((longer >= OFFSET), PLACEHOLDER, longer)
+    codes = longer[longer >= OFFSET].view(-1, N) - OFFSET
+    again = model.generate(ids, image_codes=codes, max_new_tokens=9, past_key_values=first.past_key_values)
+    assert torch.equal(again, model.generate(longer, max_new_tokens=9))
+
+
+def test_hidden_states_come_with_the_stream(model):
+    inputs = batch([[BOS, 20]])
+    output = model.generate(**inputs, max_new_tokens=3, output_hidden_states=True, return_dict_in_generate=True)
+    assert len(output.hidden_states) == 3 and output.hidden_states[0][-1].shape == (1, 2, 32)
+
+
+def test_a_picture_in_the_prompt_is_returned_as_its_codes(model):
+    pixels = torch.rand(1, 3, 32, 48) * 2 - 1
+    input_ids = torch.tensor([[BOS, START, *[PLACEHOLDER] * N, END, 20]])
+    stream = model.generate(input_ids, pixel_values=pixels, max_new_tokens=3)
+    assert torch.equal(stream[:, 2 : 2 + N], model.get_image_tokens(pixels))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"generation_mode": "picture"},
+            "generation_mode must be one of auto, text, image, interleaved, got 'picture'",
+        ),
+        ({"input_ids": torch.zeros(1, 0, dtype=torch.int64)}, "the prompt is empty"),
+        ({"input_ids": None}, "the prompt is empty"),
+        ({"input_ids": torch.tensor([BOS, 20])}, r"input_ids must have shape \(B, L\), got \(2,\)"),
+        ({"input_ids": torch.tensor([[BOS, 20], [BOS, PAD]])}, "row 1 of the prompt is padded on the right"),
+        ({"attention_mask": torch.tensor([[1, 0]])}, "row 0 of the prompt is padded on the right"),
+        ({"attention_mask": torch.ones(1, 3)}, r"attention_mask is \(1, 3\), input_ids \(1, 2\)"),
+        ({"input_ids": torch.tensor([[BOS, 80]])}, r"row 0, position 1: id 80 is outside the vocabulary \[0, 80\)"),
+        ({"input_ids": torch.tensor([[BOS, PLACEHOLDER]])}, r"rows of input_ids have \[1\] placeholders"),
+        ({"input_ids": torch.tensor([[BOS, 70, 20]])}, r"row 0, positions 1 to 2: not an image of 6 codes"),
+        ({"input_ids": torch.tensor([[BOS, START, 70, 20]])}, r"row 0, positions 1 to 3: not an image of 6 codes"),
+        ({"input_ids": torch.tensor([[BOS, START, *[70] * 7]])}, r"row 0, positions 1 to 9: not an image of 6 codes"),
+        ({"input_ids": torch.tensor([[BOS, END]])}, r"row 0, positions 1 to 2: not an image of 6 codes"),
+        ({"generation_mode": "image", "max_new_tokens": 5}, "row 0 of the prompt needs 6 more tokens, but only 5 may"),
+        ({"generation_mode": "image", "max_length": 7}, "row 0 of the prompt needs 6 more tokens, but only 5 may"),
+        ({"generation_mode": "interleaved", "max_new_tokens": 7}, "needs 8 more tokens, but only 7 may be generated"),
+        ({"input_ids": torch.tensor([[BOS, START, 70]]), "max_new_tokens": 5}, "needs 6 more tokens, but only 5 may"),
+        ({"max_length": 2}, "needs 1 more tokens, but only 0 may be generated"),
+        ({"guidance_scale": 2.0, "num_beams": 2}, "need greedy search or sampling, not beams"),
+        ({"generator": torch.Generator(), "num_beams": 2}, "need greedy search or sampling, not beams"),
+        ({"guidance_scale": 2.0, "output_hidden_states": True}, "give no hidden states"),
+        ({"guidance_scale": -1.0}, "guidance_scale must be a number from 0 on, got -1"),
+        ({"guidance_scale": float("nan")}, "guidance_scale must be a number from 0 on, got nan"),
+        ({"do_sample": True, "image_temperature": 0.0}, "temperature.*strictly positive"),
+        ({"generation_mode": "image", "tempurature": 2.0}, "tempurature"),
+        ({"tempurature": 2.0}, "tempurature"),
+        ({"generation_mode": "image", "max_time": 1e-9}, "a stopping criterion cut the image of row 0"),
+    ],
+)
+def test_what_cannot_be_done_is_refused(model, options, message):
+    with pytest.raises(ValueError, match=message):
+        model.generate(**{"input_ids": torch.tensor([[BOS, 20]]), **options})
+
+
+@pytest.fixture(scope="module")
+def reader() -> UniTokForConditionalGeneration:
+    """A model with room for the text tokenizer of all tests."""
+    return tiny(seed=5, text_rows=320)
+
+
+def image(first: int, offset: int = OFFSET) -> list[int]:
+    """An image of six codes that count up from `first`."""
+    return [START, *(offset + (first + step) % K for step in range(N)), END]
+
+
+def require_cover(rows: list, ids: torch.Tensor):
+    """Every token of (B, T) ids is in exactly one segment, in order and unchanged."""
+    assert len(rows) == len(ids)
+    for segments, row in zip(rows, ids, strict=True):
+        assert [segment.span[0] for segment in segments] == [0, *(segment.span[1] for segment in segments[:-1])]
+        assert segments[-1].span[1] == len(row)
+        assert torch.equal(torch.cat([segment.ids for segment in segments]), row)
+
+
+def test_a_mixed_stream_comes_apart_into_its_text_and_its_pictures(reader, tokenizer):
+    red, blue = (tokenizer(f"a {colour} circle", add_special_tokens=False).input_ids for colour in ("red", "blue"))
+    first, second = image(3, offset=320), image(9, offset=320)
+    rows = [
+        [PAD, BOS, *red, *first, *second, *blue, EOS],
+        [BOS, *second, *blue, EOS, PAD],
+    ]
+    rows[1] = [PAD] * (len(rows[0]) - len(rows[1])) + rows[1]
+    ids = torch.tensor(rows)
+    found = reader.decode_mixed_tokens(ids, tokenizer)
+    require_cover(found, ids)
+    assert [[segment.type for segment in segments] for segments in found] == [
+        ["text", "image", "image", "text"],
+        ["text", "image", "text"],
+    ]
+    assert [segment.text for segment in found[0]] == ["a red circle", None, None, "a blue circle"]
+    assert [segment.text for segment in found[1]] == ["", None, "a blue circle"]
+    assert all(segment.complete for segments in found for segment in segments)
+    pictures = reader.decode_image_tokens(torch.tensor([first[1:-1], second[1:-1]]))
+    assert pictures.shape == (2, 3, 32, 48) and not torch.allclose(pictures[0], pictures[1], atol=1e-3)
+    for segment, picture in ((found[0][1], 0), (found[0][2], 1), (found[1][1], 1)):
+        assert torch.allclose(segment.image, pictures[picture], atol=1e-5)
+        assert segment.image.dtype == torch.float32 and not segment.image.requires_grad
+        assert segment.image.min() >= -1 and segment.image.max() <= 1
+
+
+def test_one_row_may_come_without_a_batch_and_text_without_a_tokenizer(reader):
+    row = torch.tensor([BOS, 20, *image(0, offset=320)])
+    [[text, picture]] = reader.decode_mixed_tokens(row)
+    assert (text.type, text.span, text.text, text.image) == ("text", (0, 2), None, None)
+    assert (picture.type, picture.span, picture.text) == ("image", (2, 10), None)
+
+
+BROKEN = {
+    "cut off by the end of the row": ([START, 65, 66], 2),
+    "cut off by text": ([START, 65, 66, 20], 2),
+    "cut off by another image": ([START, 65, *image(0)], 1),
+    "begun and no more": ([START], 0),
+    "empty": ([START, END], 0),
+    "too short": ([START, 65, 66, 67, END], 3),
+    "too long": ([START, *range(65, 72), END], 6),
+    "without its end": ([START, *range(65, 71), 20], 6),
+    "without its start": ([*range(65, 71), END], 6),
+    "a stray code": ([65], 1),
+    "a stray end": ([END], 0),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_broken_image_is_an_error_skipped_or_padded_with_grey_as_asked(model, kind):
+    tokens, codes = BROKEN[kind]
+    ids = torch.tensor([[BOS, *[20] * len(tokens)], [BOS, *tokens]])
+    broken = len([token for token in tokens if token != 20]) - (N + 2) * ("another" in kind)
+    with pytest.raises(ValueError, match=rf"^row 1, positions 1 to {1 + broken}: not an image of 6 codes"):
+        model.decode_mixed_tokens(ids)
+
+    skipped = model.decode_mixed_tokens(ids, on_error="skip")
+    require_cover(skipped, ids)
+    segment = skipped[1][1]
+    assert (segment.type, segment.complete, segment.image) == ("image", False, None)
+    assert segment.span == (1, 1 + broken)
+    if "another" in kind:
+        assert skipped[1][2].complete and skipped[1][2].image is not None
+
+    padded = model.decode_mixed_tokens(ids, on_error="pad")
+    require_cover(padded, ids)
+    assert not padded[1][1].complete
+    picture = padded[1][1].image
+    assert picture.shape == (3, 32, 48)
+    there = [token for token in tokens if token >= OFFSET][:codes]
+    whole = model.decode_image_tokens(torch.tensor([there + [OFFSET] * (N - codes)]))[0]
+    for place in range(N):
+        row, column = 16 * (place // 3), 16 * (place % 3)
+        patch = picture[:, row : row + 16, column : column + 16]
+        if place < codes:
+            assert torch.allclose(patch, whole[:, row : row + 16, column : column + 16], atol=1e-5)
+            assert patch.abs().max() > 0
+        else:
+            assert (patch == 0).all()
+
+
+def test_all_pictures_of_a_batch_are_decoded_at_once(model):
+    batches = []
+    hook = model.model.vqmodel.decoder.register_forward_hook(lambda *call: batches.append(len(call[-1])))
+    ids = torch.tensor([[BOS, *image(1), *image(2)], [BOS, *image(3), START, 70, *[20] * 6], [BOS, *[20] * 16]])
+    model.decode_mixed_tokens(ids, on_error="skip")
+    model.decode_mixed_tokens(ids, on_error="pad")
+    model.decode_mixed_tokens(ids[2:])
+    hook.remove()
+    assert batches == [3, 4]
+
+
+@pytest.mark.parametrize(("on_error", "rows"), [("skip", 1600), ("pad", 400)])
+def test_whatever_the_ids_no_token_is_lost_and_no_picture_made_up(model, on_error, rows):
+    chance = torch.Generator().manual_seed(0)
+    kinds = torch.tensor([START, END, 20, BOS, *[OFFSET + 5] * 4])
+    ids = kinds[torch.randint(len(kinds), (rows, 16), generator=chance)]
+    ids[::4, 4:12] = torch.tensor(image(2))  # else hardly one would be whole
+    found = model.decode_mixed_tokens(ids, on_error=on_error)
+    require_cover(found, ids)
+    whole = 0
+    for segments, row in zip(found, ids.tolist(), strict=True):
+        spans = [match.span() for match in re.finditer(rf"Sc{{{N}}}E", letters(row))]
+        assert [segment.span for segment in segments if segment.complete and segment.type == "image"] == spans
+        whole += len(spans)
+        for segment in segments:
+            kind = letters(segment.ids.tolist())
+            assert (segment.type == "text") == (not set(kind) & set("SEc"))
+            pictured = segment.type == "image" and (segment.complete or on_error == "pad")
+            assert (segment.image is not None) == pictured
+    assert whole >= rows / 4
+
+
+def test_every_generated_stream_comes_apart(model):
+    streams = model.generate(**batch(PROMPTS), generation_mode="interleaved", max_new_tokens=30, **SAMPLING)
+    found = model.decode_mixed_tokens(streams)
+    require_cover(found, streams)
+    pictures = [sum(segment.image is not None for segment in segments) for segments in found]
+    assert pictures == images_of(streams)
+
+
+@pytest.mark.parametrize(
+    ("ids", "options", "message"),
+    [
+        ([[BOS, 20], [BOS, 80]], {}, r"row 1, position 1: id 80 is outside the vocabulary \[0, 80\)"),
+        ([[BOS, -1]], {"on_error": "skip"}, "row 0, position 1: id -1 is outside the vocabulary"),
+        ([[BOS, 20]], {"on_error": "ignore"}, "on_error must be raise, skip or pad, got 'ignore'"),
+    ],
+)
+def test_ids_and_policies_that_do_not_exist_are_refused(model, ids, options, message):
+    with pytest.raises(ValueError, match=message):
+        model.decode_mixed_tokens(torch.tensor(ids), **options)
+
+
+def test_a_tokenizer_that_has_grown_into_the_codes_is_refused(model, tokenizer):
+    with pytest.raises(ValueError, match=r"codes begin at id 64; call model.resize_token_embeddings"):
+        model.decode_mixed_tokens(torch.tensor([[BOS, 20]]), tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (torch.full((1, 5), 70), r"an image is 6 tokens, got ids of shape \(1, 5\)"),
+        (torch.full((6,), 70), r"an image is 6 tokens, got ids of shape \(6,\)"),
+        (torch.tensor([[70, 70, 70, 20, 70, 70]]), r"20 at \[0, 3\] is no visual token"),
+    ],
+)
+def test_what_is_no_image_is_not_decoded(model, ids, message):
+    with pytest.raises(ValueError, match=message):
+        model.decode_image_tokens(ids)

@@ -1,0 +1,143 @@
+"""Encodes pictures once: `unitok-hf encode --checkpoint out/tokenizer --data_path data/a.parquet --output_dir data/codes`.
+
+    output_dir/codes-00000-of-00012.parquet, …
+        image_codes   list<int32>, h·w codes row by row; null where a row has no picture
+        …             every column of the data but the picture
+        schema metadata "unitok": the tokenizer's fingerprint, the grid, and which rows of which data
+
+The training of the GPT takes such a folder as its `--data_path` and then encodes nothing. Codes mean nothing without the
+tokenizer that made them: a cache made by other weights is refused. A shard is written beside and renamed; a run that was
+stopped goes on with the shards that are missing. Several processes (`torchrun`) share the shards between them.
+"""
+
+import hashlib
+import json
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from accelerate import PartialState
+from tqdm import tqdm
+
+from ..modeling_unitok.modeling_vq import UniTokVQModel
+from .collators import read_rows, require_size, to_pixels
+
+
+METADATA_KEY = b"unitok"
+
+
+@dataclass
+class EncodeArguments:
+    """Arguments of `encode`."""
+
+    checkpoint: str = field(metadata={"help": "Folder of the image tokenizer."})
+    data_path: str = field(metadata={"help": "Parquet file, folder of Parquet files, or pattern, from prepare-data."})
+    output_dir: str = field(metadata={"help": "Folder for the shards."})
+    batch_size: int = field(default=64, metadata={"help": "Pictures that are encoded at once."})
+    rows_per_shard: int = field(default=8192, metadata={"help": "Rows of one Parquet file."})
+
+    def __post_init__(self):
+        for name in ("batch_size", "rows_per_shard"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
+
+
+def fingerprint(vq_model: UniTokVQModel) -> str:
+    """SHA-256 of the weights that decide about codes: encoder, quant_conv and codebook. The decoder may be improved."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(vq_model.state_dict().items()):
+        if name.startswith(("encoder.", "quant_conv.", "quantize.")):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def read_metadata(path: Path) -> dict | None:
+    """What a shard says about itself; None when it is no readable shard."""
+    try:
+        found = pq.read_schema(path).metadata or {}
+    except (OSError, pa.ArrowInvalid):
+        return None
+    return json.loads(found[METADATA_KEY]) if METADATA_KEY in found else None
+
+
+def require_fresh(files: list[Path], vq_model: UniTokVQModel) -> None:
+    """Raises ValueError unless every file holds codes of this tokenizer."""
+    wanted = fingerprint(vq_model)
+    for path in files:
+        found = read_metadata(path)
+        if found is None or found["tokenizer"] != wanted:
+            raise ValueError(f"{path} holds codes of another image tokenizer; encode the data again")
+
+
+@torch.no_grad()
+def encode(args: EncodeArguments) -> list[Path]:
+    """Write the shards that are missing; returns all of them.
+
+    Raises:
+        OSError, ValueError: the tokenizer or the data cannot be used, or the folder holds shards of something else.
+    """
+    state = PartialState()
+    vq_model = UniTokVQModel.from_pretrained(args.checkpoint).to(state.device).eval()
+    rows = read_rows(args.data_path)
+    require_size(rows, vq_model.config.sample_size)
+    size = vq_model.config.sample_size
+    total = math.ceil(len(rows) / args.rows_per_shard)
+    features = datasets.Features({name: kind for name, kind in rows.features.items() if name != "image"})
+    features["image_codes"] = datasets.List(datasets.Value("int32"))
+    about = {
+        "tokenizer": fingerprint(vq_model),
+        "grid": list(vq_model.grid(size, size)),
+        "data": f"{len(rows)} rows of {args.data_path}",
+    }
+    folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"codes-{number:05d}-of-{total:05d}.parquet" for number in range(total)]
+    strange = sorted(set(folder.glob("*.parquet")) - set(paths))
+    if strange:
+        raise ValueError(
+            f"{folder} holds {strange[0].name}, which this run would not write; choose another --output_dir"
+        )
+    mine = list(enumerate(paths))[state.process_index :: state.num_processes]
+    for number, path in tqdm(mine, desc="encoding", unit="shard", disable=not state.is_local_main_process):
+        begin = number * args.rows_per_shard
+        about["rows"] = [begin, min(begin + args.rows_per_shard, len(rows))]
+        if path.exists():
+            if read_metadata(path) != about:
+                raise ValueError(f"{path} was made by another tokenizer or of other data; choose another --output_dir")
+            continue
+        write_shard(rows.select(range(*about["rows"])), vq_model, features, about, args.batch_size, path)
+    state.wait_for_everyone()
+    return paths
+
+
+def write_shard(
+    rows: datasets.Dataset,
+    vq_model: UniTokVQModel,
+    features: datasets.Features,
+    about: dict,
+    batch_size: int,
+    path: Path,
+) -> None:
+    """One Parquet file of codes, written beside and renamed."""
+    codes: list[list[int] | None] = []
+    for batch in rows.select_columns("image").iter(batch_size):
+        there = [index for index, picture in enumerate(batch["image"]) if picture is not None]
+        found: list[list[int] | None] = [None] * len(batch["image"])
+        if there:
+            pixels = torch.stack([to_pixels(batch["image"][index]) for index in there]).to(vq_model.device)
+            for index, row in zip(there, vq_model.encode_to_indices(pixels).flatten(1).tolist(), strict=True):
+                found[index] = row
+        codes += found
+    table = rows.remove_columns("image").with_format("arrow")[:]
+    schema = features.arrow_schema
+    schema = schema.with_metadata({**schema.metadata, METADATA_KEY: json.dumps(about).encode()})
+    table = table.append_column("image_codes", pa.array(codes, pa.list_(pa.int32()))).cast(schema)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    pq.write_table(table, beside)
+    os.replace(beside, path)
