@@ -2,13 +2,13 @@
 
     file -> tensors alone -> the names of diffusers.VQModel -> folds -> architecture from the shapes -> UniTokVQModel
 
-| method         | takes                                                   | pictures | what changes besides names        |
-|----------------|---------------------------------------------------------|----------|-----------------------------------|
-| from_taming    | VQGAN of taming-transformers, VQ of latent-diffusion    | [-1, 1]  | nothing                           |
-| from_llamagen  | LlamaGen VQ-16, VQ-8; of a training file the EMA        | [-1, 1]  | unit codes, latents of length ~1  |
-| from_open_muse | open-muse VQGANModel                                    | [0, 1]   | nothing                           |
-| from_open_muse | open-muse MaskGitVQGAN (1d-tokenizer has a copy)        | [0, 1]   | `fold_maskgit`                    |
-| from_open_muse | the folder `vqvae` of aMUSEd, which is stock already    | [0, 1]   | nothing                           |
+| method         | takes                                                | pictures | what changes besides names       |
+|----------------|------------------------------------------------------|----------|----------------------------------|
+| from_taming    | VQGAN of taming-transformers, VQ of latent-diffusion | [-1, 1]  | nothing                          |
+| from_llamagen  | LlamaGen VQ-16, VQ-8; of a training file the EMA     | [-1, 1]  | unit codes, latents of length ~1 |
+| from_open_muse | open-muse VQGANModel                                 | [0, 1]   | nothing                          |
+| from_open_muse | open-muse MaskGitVQGAN (1d-tokenizer has a copy)     | [0, 1]   | `fold_maskgit`                   |
+| from_open_muse | the folder `vqvae` of aMUSEd, which is stock already | [0, 1]   | nothing                          |
 
 - codes and pictures are those of the original, up to the rounding of sums in another order
 - no configuration is read: widths, levels, attention and codebook are in the shapes. What is not is the same in all
@@ -93,8 +93,8 @@ def convert_llamagen(model_class: type, path: str, sample_size: int):
     """As `convert_taming`, for LlamaGen, which chooses the code nearest in angle.
 
     For codes of unit length that is the nearest in distance: ||z - e||² = ||z||² + 1 - 2 z·e. The length of z is then
-    free, and brought near 1, where distances in fp32 are sharp: at 1,000, stock diffusers takes another code for a few
-    latents in a thousand. The factor is a power of two, which leaves every digit as it was.
+    free, and is brought near 1, where distances are sharp in fp32 (of latents of length 10,000, stock diffusers gives
+    1 in 70 another code). The factor is a power of two, which leaves every digit as it was.
     """
 
     def unit_codes(weights: Weights) -> Weights:
@@ -122,7 +122,7 @@ def convert_open_muse(model_class: type, path: str, sample_size: int):
 
 
 def read_weights(path: str) -> Weights:
-    """The tensors of a checkpoint by name, in fp32, without those of losses and statistics; raises as `convert_taming`."""
+    """The tensors of a checkpoint by name, in fp32, but those of losses and statistics; raises as `convert_taming`."""
     file = Path(path)
     if file.is_dir():
         found = [entry for suffix in SUFFIXES for entry in sorted(file.glob(f"*{suffix}"))]
@@ -157,7 +157,7 @@ def load_tensors(file: Path) -> object:
             ) from error
         plain = str(file.with_suffix(".weights.pt"))
         raise ValueError(
-            f"{file} holds pickled objects besides tensors ({', '.join(sorted(unsafe))}), which are not loaded, as that "
+            f"{file} holds pickled objects besides tensors ({', '.join(sorted(unsafe))}), which are not loaded: that "
             f"could run any code. This writes the tensors alone to {plain}, with a dummy for each object:\n"
             'python -c "import torch; s = torch.serialization; '
             "dummy = type('Dummy', (), {'__init__': lambda *_: None}); "
@@ -224,7 +224,7 @@ def first(names: Iterable[str]) -> str:
 
 
 def stock_name(name: str, middle: Names, deepest: int) -> str:
-    """The name of a tensor in diffusers; `deepest` is the last level of `decoder.up`, which diffusers counts from there."""
+    """The name of a tensor in diffusers, which counts decoder levels from the `deepest`, where `decoder.up` ends."""
     for pattern, replacement in (*middle, *NAMES):
         name = re.sub(pattern, replacement, name)
     return re.sub(r"^decoder\.up\.(\d+)", lambda level: f"decoder.up_blocks.{deepest - int(level[1])}", name)
@@ -236,7 +236,7 @@ def as_stock(name: str, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def architecture(weights: Weights) -> dict:
-    """The arguments of UniTokVQModel that shapes tell, of weights by the names of diffusers; KeyError if one is missing."""
+    """The arguments of UniTokVQModel that shapes tell, from the names of diffusers; KeyError names what is missing."""
     levels = max(1, count(weights, "encoder.down_blocks."))  # without any, the first is what is missing
     attention = "attentions.0.to_q.weight"
     return {
@@ -271,8 +271,8 @@ def fold_maskgit(weights: Weights) -> Weights:
     """MaskGIT's arithmetic as stock's, exactly.
 
     - Halving is the mean of 2x2: a 3x3 convolution of stride 2 with 1/4 in its upper left 2x2 and 0 elsewhere.
-    - Where a block changes the width, MaskGIT adds to its result a 1x1 convolution N not of the block's input, as others
-      do, but of that result: (1 + N) goes into the second convolution, and the shortcut of the input becomes 0.
+    - Where a block changes the width, MaskGIT adds to its result a 1x1 convolution N of that result, not of the
+      block's input as others do: (1 + N) goes into the second convolution, and the shortcut of the input becomes 0.
     - A decoder level has one block less than stock's: a block that adds 0 follows. Its first convolution passes its
       input on, so that the second still learns when the decoder is trained on.
     - The last convolution of the encoder is 1x1: the centre of a 3x3. No convolution stands on either side of the

@@ -53,8 +53,9 @@ class Taming:
             self.weights[name] = torch.empty(shape).normal_(centre, spread, generator=self.random)
         return self.weights[name]
 
-    def conv(self, name, x, width, size=3, stride=1, padding=None, bias=True):
-        weight = self.drawn(f"{name}.weight", (width, x.shape[1], size, size), (x.shape[1] * size**2) ** -0.5)
+    def conv(self, name, x, width, size=3, stride=1, padding=None, bias=True, spread=1.0):
+        shape = (width, x.shape[1], size, size)
+        weight = self.drawn(f"{name}.weight", shape, spread * (x.shape[1] * size**2) ** -0.5)
         shift = self.drawn(f"{name}.bias", (width,), 0.1) if bias else None
         return F.conv2d(x, weight, shift, stride, size // 2 if padding is None else padding)
 
@@ -118,7 +119,7 @@ class Taming:
             x = self.level(name, x, width, 3, level == len(self.widths) - 1)
             if level:
                 x = self.conv(f"{name}.upsample.conv", x.repeat_interleave(2, 2).repeat_interleave(2, 3), width)
-        return self.conv("decoder.conv_out", self.active("decoder.norm_out", x), 3)
+        return self.conv("decoder.conv_out", self.active("decoder.norm_out", x), 3, spread=0.5)
 
     def codebook(self, rows):
         """The codes, (K, d): drawn at first, some of them beside the given latents."""
@@ -201,7 +202,7 @@ class MaskGit(OpenMuse):
             if level:
                 x = x.repeat_interleave(2, 2).repeat_interleave(2, 3)
                 x = self.conv(f"decoder.up.{level}.upsample_conv", x, width)
-        return self.conv("decoder.conv_out", self.active("decoder.norm_out", x), 3)
+        return self.conv("decoder.conv_out", self.active("decoder.norm_out", x), 3, spread=0.5)
 
 
 def picture(height: int, width: int) -> torch.Tensor:
@@ -281,6 +282,15 @@ SMALL = {
 }
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Pictures this small gain nothing from a second thread, and lose much where other processes want the core."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize("name", ["taming 16,384", "llamagen VQ-8"])
 def test_published_shapes_give_the_codes_and_pictures_of_the_original(name, tmp_path):
     original, convert, write = PUBLISHED[name]
@@ -325,8 +335,8 @@ def test_llamagen_codes_do_not_suffer_from_long_or_short_latents(length, tmp_pat
         for model in (ours, stock):
             assert (model.quantize(latents)[2][2] == codes).double().mean() >= 0.9999
         assert torch.allclose(stock.quantize.embedding(codes), vectors)
-        unscaled = (stock.quantize(latents * (1e4 / latents.norm(dim=1).mean()))[2][2] == codes).double().mean()
-    assert unscaled < 0.99  # what the scale is for
+        unscaled = (stock.quantize(latents * (1e5 / latents.norm(dim=1).mean()))[2][2] == codes).double().mean()
+    assert unscaled < 0.95  # what the scale is for
 
 
 def stock_model(**settings) -> diffusers.VQModel:

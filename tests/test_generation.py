@@ -8,7 +8,14 @@ import re
 
 import pytest
 import torch
-from transformers import AutoModel, GenerationConfig, LogitsProcessor, LogitsProcessorList, NanoChatConfig
+from transformers import (
+    AutoModel,
+    GenerationConfig,
+    GPT2Config,
+    LogitsProcessor,
+    LogitsProcessorList,
+    NanoChatConfig,
+)
 
 from unitok_hf import UniTokConfig, UniTokForConditionalGeneration
 
@@ -35,14 +42,19 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def tiny(seed: int, text_rows: int = 64) -> UniTokForConditionalGeneration:
-    torch.manual_seed(seed)
-    text_config = NanoChatConfig(
+TEXT_CONFIGS = {
+    "relative positions": NanoChatConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, initializer_range=0.5
-    )
+    ),
+    "learned positions": GPT2Config(n_embd=32, n_layer=2, n_head=2, initializer_range=0.5),
+}
+
+
+def tiny(seed: int, text_rows: int = 64, positions: str = "relative positions") -> UniTokForConditionalGeneration:
+    torch.manual_seed(seed)
     vq_config = {"block_out_channels": (32, 32, 32), "latent_channels": 4, "num_vq_embeddings": K}
     config = UniTokConfig(
-        text_config=text_config,
+        text_config=TEXT_CONFIGS[positions],
         vq_config=vq_config,
         text_vocab_size=text_rows,
         num_visual_tokens=K,
@@ -54,6 +66,12 @@ def tiny(seed: int, text_rows: int = 64) -> UniTokForConditionalGeneration:
 @pytest.fixture(scope="module")
 def built() -> UniTokForConditionalGeneration:
     return tiny(seed=3)
+
+
+@pytest.fixture(scope="module", params=TEXT_CONFIGS)
+def either(request) -> UniTokForConditionalGeneration:
+    """A model that would notice wrong distances between tokens, and one that would notice wrong places."""
+    return tiny(seed=3, positions=request.param)
 
 
 @pytest.fixture
@@ -79,15 +97,17 @@ def letters(ids: list[int]) -> str:
     return "".join(special.get(token, "c" if token >= OFFSET else "t") for token in ids)
 
 
-# beams that ended early are filled up with eos: transformers takes a pad of id 0 for none
-WELL_FORMED = re.compile(rf"p*b(t|Sc{{{N}}}E)*(e[pe]*)?")
+WELL_FORMED = re.compile(rf"p*b(t|Sc{{{N}}}E)*(ep*)?")
 
 
-def images_of(streams: torch.Tensor) -> list[int]:
-    """Images in each row of streams that are well formed."""
+def images_of(streams: torch.Tensor, beams: bool = False) -> list[int]:
+    """Images in each row of streams that are well formed.
+
+    Beams that ended early are filled up with eos: transformers takes a pad token of id 0 for none.
+    """
     rows = [letters(row) for row in streams.tolist()]
     for row in rows:
-        assert WELL_FORMED.fullmatch(row), row
+        assert WELL_FORMED.fullmatch(row.rstrip("e") + "e" if beams else row), row
     return [row.count("S") for row in rows]
 
 
@@ -137,7 +157,7 @@ def test_streams_are_well_formed_in_every_strategy(model, strategy, mode):
     streams = model.generate(**batch(PROMPTS), generation_mode=mode, max_new_tokens=20, **options)
     copies = options.get("num_return_sequences", 1)
     assert len(streams) == len(PROMPTS) * copies
-    drawn = torch.tensor(images_of(streams)).view(-1, copies)
+    drawn = torch.tensor(images_of(streams, "num_beams" in options)).view(-1, copies)
     given = torch.tensor([[0], [1], [1], [1], [1]])
     if mode == "text":
         assert (drawn == given).all()
@@ -149,20 +169,20 @@ def test_streams_are_well_formed_in_every_strategy(model, strategy, mode):
 @pytest.mark.parametrize("strategy", ["greedy", "sampling", "beams", "guided"])
 def test_a_model_that_wants_nothing_but_images_draws_whole_ones(model, strategy):
     streams = model.generate(**batch(PROMPTS), max_new_tokens=30, logits_processor=eager(), **STRATEGIES[strategy])
-    assert min(images_of(streams)) >= 3
+    assert min(images_of(streams, strategy == "beams")) >= 3
 
 
 @pytest.mark.parametrize("strategy", ["greedy", "sampling", "beams", "guided"])
 def test_a_model_that_wants_to_end_does_not_end_inside_an_image(model, strategy):
     hurry = LogitsProcessorList([Boost(EOS, 1e3)])
     streams = model.generate(**batch(PROMPTS), max_new_tokens=20, logits_processor=hurry, **STRATEGIES[strategy])
-    assert images_of(streams) == [0, 1, 1, 1, 1]
-    assert all(row[-1] in (EOS, PAD) for row in streams.tolist())
+    assert images_of(streams, strategy == "beams") == [0, 1, 1, 1, 1]
+    assert all(EOS in row for row in streams.tolist())
     streams = model.generate(
         **batch(PROMPTS), generation_mode="interleaved", max_new_tokens=20, logits_processor=hurry,
         **STRATEGIES[strategy],
     )  # fmt: skip
-    assert images_of(streams) == [1, 1, 1, 1, 2]
+    assert images_of(streams, strategy == "beams") == [1, 1, 1, 1, 2]
 
 
 @pytest.mark.parametrize("room", range(1, 3 * N))
@@ -181,19 +201,21 @@ def test_the_mask_may_be_left_out(model):
 
 
 @pytest.mark.parametrize("mode", ["auto", "interleaved", "image"])
-@pytest.mark.parametrize("scale", [1.0, 3.0])
-def test_a_prompt_alone_and_in_a_batch_of_eight_gives_the_same(model, mode, scale):
+@pytest.mark.parametrize("options", [{}, {"guidance_scale": 3.0}, {"num_beams": 3}], ids=["greedy", "guided", "beams"])
+def test_a_prompt_alone_and_in_a_batch_of_eight_gives_the_same(either, mode, options):
     prompts = PROMPTS + [[BOS, 50, 51, 52, 53, 54, 55, 56], [BOS, *IMAGE, *IMAGE, START, 66], [BOS]]
-    options = {"generation_mode": mode, "guidance_scale": scale}
+    options = options | {"generation_mode": mode}
     if mode != "image":
-        options |= {"max_new_tokens": 20}
-    together = model.generate(**batch(prompts), **options)
+        options["max_new_tokens"] = 20
+    together = either.generate(**batch(prompts), **options)
     assert len(together.unique(dim=0)) == 8
     for prompt, row in zip(prompts, together.tolist(), strict=True):
-        alone = model.generate(**batch([prompt]), **options)[0].tolist()
-        padding = len(row) - len(alone)
-        assert row[padding:] == alone or row[padding - 1 :] == [PAD, *alone]
-        assert set(row[:padding]) <= {PAD}
+        alone = either.generate(**batch([prompt]), **options)[0].tolist()
+        while mode != "image" and row[0] == PAD:
+            row = row[1:]
+        shorter = min(len(row), len(alone))
+        assert row[:shorter] == alone[:shorter]
+        assert set(row[shorter:] + alone[shorter:]) <= {PAD, EOS}
 
 
 @pytest.mark.parametrize(
@@ -278,24 +300,24 @@ def slow_stream(model, prompt: list[int], new_tokens: int, scale: float, boost: 
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.5, 2.0, 5.0])
-def test_guidance_is_what_its_definition_says(model, scale):
-    ids = model.generate(**batch(PROMPTS), generation_mode="image", guidance_scale=scale)
+def test_guidance_is_what_its_definition_says(either, scale):
+    ids = either.generate(**batch(PROMPTS), generation_mode="image", guidance_scale=scale)
     for prompt, row in zip(PROMPTS, ids.tolist(), strict=True):
         inside = letters(prompt).rfind("S") > letters(prompt).rfind("E")
-        stream = slow_stream(model, prompt if inside else [*prompt, START], N + 1, scale, boost=0.0)
+        stream = slow_stream(either, prompt if inside else [*prompt, START], N + 1, scale, boost=0.0)
         begun = max(place for place, token in enumerate(stream[: len(prompt) + 1]) if token == START)
         assert stream[begun + 1 : begun + 1 + N] == row
     if scale > 1:
-        assert not torch.equal(ids, model.generate(**batch(PROMPTS), generation_mode="image"))
+        assert not torch.equal(ids, either.generate(**batch(PROMPTS), generation_mode="image"))
 
 
 @pytest.mark.parametrize("boost", [0.0, 1e3], ids=["as the model likes", "image after image"])
-def test_guidance_starts_anew_for_every_image_of_a_stream(model, boost):
-    streams = model.generate(
+def test_guidance_starts_anew_for_every_image_of_a_stream(either, boost):
+    streams = either.generate(
         **batch(PROMPTS), max_new_tokens=26, guidance_scale=3.0, logits_processor=eager(boost)
     ).tolist()
     for prompt, row in zip(PROMPTS, streams, strict=True):
-        expected = slow_stream(model, prompt, 26, 3.0, boost)
+        expected = slow_stream(either, prompt, 26, 3.0, boost)
         padding = len(streams[0]) - 26 - len(prompt)
         assert row[padding : padding + len(expected)] == expected
         assert set(row[padding + len(expected) :]) <= {PAD}

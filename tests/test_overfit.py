@@ -31,17 +31,17 @@ def pixels(pictures) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def vq_model(pixels) -> UniTokVQModel:
-    """An untrained encoder whose codebook is the latents of the pictures, patch by patch."""
+    """An untrained encoder whose 32 codes are latents of the pictures, every fourth patch."""
     torch.manual_seed(0)
-    model = UniTokVQModel(block_out_channels=(32, 32, 32), latent_channels=8, num_vq_embeddings=128).eval()
+    model = UniTokVQModel(block_out_channels=(32, 32, 32), latent_channels=8, num_vq_embeddings=32).eval()
     with torch.no_grad():
-        model.codebook.copy_(model.encode(pixels).latents.permute(0, 2, 3, 1).flatten(0, 2))
+        model.codebook.copy_(model.encode(pixels).latents.permute(0, 2, 3, 1).flatten(0, 2)[::4])
     return model
 
 
 @pytest.fixture(scope="module")
 def codes(vq_model, pixels) -> torch.Tensor:
-    """(8, 16), another row for every picture."""
+    """(8, 16), another row for every picture, of codes that they share."""
     codes = vq_model.encode_to_indices(pixels).flatten(1)
     assert len(codes.unique(dim=0)) == 8
     return codes
@@ -137,14 +137,13 @@ def test_left_to_itself_the_model_draws_after_a_caption_and_writes_after_a_pictu
     ] * 2
 
 
-def test_the_codes_that_are_given_decide_how_a_picture_goes_on(overfitted, processor, captions, codes):
+def test_the_codes_that_are_given_decide_how_a_picture_goes_on(overfitted, processor, codes):
     half = overfitted.vocabulary.to_ids(codes[:, :8])
+    assert len(half.unique(dim=0)) == 8
     inputs = processor(text=["<|uncond|>"] * 8, generation_mode="image", return_tensors="pt")
     prompt = torch.cat([inputs["input_ids"], half], dim=1)
     drawn = overfitted.vocabulary.to_codes(overfitted.generate(prompt, generation_mode="image"))
-    assert torch.equal(drawn[:, :8], codes[:, :8])
-    told_apart = len(codes[:, :8].unique(dim=0))
-    assert (drawn == codes).all(dim=1).sum() >= told_apart
+    assert torch.equal(drawn, codes)
 
 
 def test_the_loss_of_a_picture_is_low_only_after_its_caption(overfitted, processor, pixels, captions):
@@ -161,8 +160,3 @@ def test_the_loss_of_a_picture_is_low_only_after_its_caption(overfitted, process
     right, wrong = image_losses(list(range(8))), image_losses([*range(1, 8), 0])
     assert max(right) < 0.1
     assert min(wrong) > 10 * max(right)
-
-
-def test_dbg(overfitted, codes):
-    print(codes)
-    assert 0

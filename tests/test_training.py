@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import datasets
@@ -19,6 +20,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoProcessor, AutoTok
 
 import unitok_hf_cli as cli
 from unitok_hf import UniTokForConditionalGeneration, UniTokVQModel
+from unitok_hf.training.collators import EpochDataset
 from unitok_hf.training.gpt_trainer import GPTTrainingArguments, train_gpt, train_text_tokenizer
 from unitok_hf.training.losses import multi_scale_l1
 from unitok_hf.training.runs import numbered_folder, save_beside
@@ -30,10 +32,9 @@ QUIET = {"disable_tqdm": True, "use_cpu": True}
 COMMON = QUIET | {"max_steps": 6, "logging_steps": 1, "save_steps": 1, "save_total_limit": None, "eval_strategy": "no"}
 TINY_VQ = {"block_out_channels": [32, 32, 32], "latent_channels": 8, "num_vq_embeddings": 32}
 TINY_GPT = {"depth": 1, "hidden_size": 64, "text_vocab_size": 300, "max_length": 48, "visual_vocab_size": 32}
-# both orders of the loop: accumulated batches of augmented pictures, and plain ones
 VARIANTS = {
     "plain": {"per_device_train_batch_size": 4},
-    "augmented, accumulated": {
+    "augmented and accumulated": {
         "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 2,
         "augment": "affine",
@@ -64,24 +65,53 @@ def gpt_arguments(data: str, tokenizer: Path | str, output_dir: Path | str, **op
     )
 
 
-@pytest.fixture(scope="session", params=VARIANTS)
-def tokenizer_run(request, tmp_path_factory, data) -> tuple[Path, dict]:
-    """A tokenizer trained for six steps with a checkpoint after each, k-means after the second; and its options."""
-    folder = tmp_path_factory.mktemp("runs") / "tokenizer"
-    train_tokenizer(tokenizer_arguments(data, folder, **VARIANTS[request.param]))
-    return folder, VARIANTS[request.param]
+@pytest.fixture(scope="session")
+def tokenizer_runs(tmp_path_factory, data):
+    """The folder of a tokenizer of a variant: six steps with a checkpoint after each, k-means after the second."""
+
+    @cache
+    def run(variant: str) -> Path:
+        folder = tmp_path_factory.mktemp("runs") / "tokenizer"
+        train_tokenizer(tokenizer_arguments(data, folder, **VARIANTS[variant]))
+        return folder
+
+    return run
 
 
-@pytest.fixture(scope="session", params=VARIANTS)
-def gpt_run(request, tmp_path_factory, data, tokenizer) -> tuple[Path, Path, dict]:
-    """A model trained for six steps, the image tokenizer that it was given, and its options."""
-    folder = tmp_path_factory.mktemp("runs")
+@pytest.fixture(scope="session")
+def tokenizer_run(tokenizer_runs) -> Path:
+    """The folder of the plain one."""
+    return tokenizer_runs("plain")
+
+
+@pytest.fixture(scope="session")
+def image_tokenizer(tmp_path_factory) -> Path:
+    """The folder of the tokenizer that the models are given."""
+    folder = tmp_path_factory.mktemp("image_tokenizer")
     torch.manual_seed(0)
     vq_model = UniTokVQModel(**TINY_VQ)
     torch.nn.init.normal_(vq_model.codebook, std=0.3)
-    vq_model.save_pretrained(folder / "tokenizer")
-    train_gpt(gpt_arguments(data, folder / "tokenizer", folder / "model", **VARIANTS[request.param]))
-    return folder / "model", folder / "tokenizer", VARIANTS[request.param]
+    vq_model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def gpt_runs(tmp_path_factory, data, image_tokenizer):
+    """The folder of a model of a variant: six steps with a checkpoint after each."""
+
+    @cache
+    def run(variant: str) -> Path:
+        folder = tmp_path_factory.mktemp("runs") / "model"
+        train_gpt(gpt_arguments(data, image_tokenizer, folder, **VARIANTS[variant]))
+        return folder
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def gpt_run(gpt_runs) -> Path:
+    """The folder of the plain one."""
+    return gpt_runs("plain")
 
 
 def history(checkpoint: Path) -> list[dict]:
@@ -102,20 +132,25 @@ def require_equal_runs(first: Path, second: Path) -> None:
     assert history(first / "checkpoint-6") == history(second / "checkpoint-6")
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("stopped_after", [1, 3, 4])
-def test_a_resumed_tokenizer_is_the_one_that_was_never_stopped(tokenizer_run, data, tmp_path, stopped_after):
+def test_a_resumed_tokenizer_is_the_one_that_was_never_stopped(tokenizer_runs, data, tmp_path, variant, stopped_after):
     """Before k-means and within an epoch; after it and within one; between two epochs."""
-    run, options = tokenizer_run
+    run = tokenizer_runs(variant)
     shutil.copytree(run / f"checkpoint-{stopped_after}", tmp_path / f"run/checkpoint-{stopped_after}")
-    train_tokenizer(tokenizer_arguments(data, tmp_path / "run", resume_from_checkpoint="last", **options))
+    options = VARIANTS[variant] | {"resume_from_checkpoint": "last"}
+    train_tokenizer(tokenizer_arguments(data, tmp_path / "run", **options))
     require_equal_runs(run, tmp_path / "run")
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("stopped_after", [3, 4])
-def test_a_resumed_model_is_the_one_that_was_never_stopped(gpt_run, data, tmp_path, stopped_after):
-    run, tokenizer, options = gpt_run
-    checkpoint = str(run / f"checkpoint-{stopped_after}")
-    train_gpt(gpt_arguments(data, tokenizer, tmp_path / "run", resume_from_checkpoint=checkpoint, **options))
+def test_a_resumed_model_is_the_one_that_was_never_stopped(
+    gpt_runs, image_tokenizer, data, tmp_path, variant, stopped_after
+):
+    run = gpt_runs(variant)
+    options = VARIANTS[variant] | {"resume_from_checkpoint": str(run / f"checkpoint-{stopped_after}")}
+    train_gpt(gpt_arguments(data, image_tokenizer, tmp_path / "run", **options))
     require_equal_runs(run, tmp_path / "run")
 
 
@@ -136,22 +171,72 @@ def flags(arguments: dict) -> list[str]:
     return words
 
 
-@pytest.mark.parametrize("tokenizer_run", ["plain"], indirect=True)
-@pytest.mark.parametrize("gpt_run", ["plain"], indirect=True)
-def test_a_fresh_process_resumes_both_bit_for_bit(tokenizer_run, gpt_run, data, tmp_path):
+def test_a_fresh_process_resumes_both_bit_for_bit(tokenizer_run, gpt_run, image_tokenizer, data, tmp_path):
     commands = []
-    for name, command, run, extra in (
-        ("tokenizer", "train-tokenizer", tokenizer_run[0], TINY_VQ | {"continuous_fraction": 0.3}),
-        ("model", "train", gpt_run[0], TINY_GPT | {"visual_tokenizer_path": gpt_run[1]}),
+    for name, command, run, own in (
+        ("tokenizer", "train-tokenizer", tokenizer_run, TINY_VQ | {"continuous_fraction": 0.3}),
+        ("model", "train", gpt_run, TINY_GPT | {"visual_tokenizer_path": image_tokenizer}),
     ):
-        checkpoint = {"output_dir": tmp_path / name, "resume_from_checkpoint": run / "checkpoint-3"}
-        settings = COMMON | extra | checkpoint | {"data_path": data, "eval_data_path": data, "batch_size": 4}
-        commands.append([command, *flags(settings)])
+        own |= {"output_dir": tmp_path / name, "resume_from_checkpoint": run / "checkpoint-3"}
+        commands.append([command, *flags(COMMON | own | {"data_path": data, "eval_data_path": data, "batch_size": 4})])
     program = "import json, sys; from unitok_hf_cli import main; [main(argv) for argv in json.loads(sys.argv[1])]"
-    command = [sys.executable, "-c", program, json.dumps(commands, default=str)]
-    run_program(command)
-    require_equal_runs(tokenizer_run[0], tmp_path / "tokenizer")
-    require_equal_runs(gpt_run[0], tmp_path / "model")
+    run_program([sys.executable, "-c", program, json.dumps(commands)])
+    require_equal_runs(tokenizer_run, tmp_path / "tokenizer")
+    require_equal_runs(gpt_run, tmp_path / "model")
+
+
+PER_RANK = """
+import json, sys
+from safetensors.torch import save_file
+from unitok_hf.training import vq_trainer
+from unitok_hf_cli import main
+
+
+def keep(self, args, state, control, model, **_):
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    save_file(tensors, f"{args.output_dir}/rank{args.process_index}.safetensors")
+
+
+vq_trainer.CodebookCallback.on_train_end = keep
+for argv in json.loads(sys.argv[1]):
+    main(argv)
+"""
+
+
+def test_two_processes_train_as_one(tokenizer_run, gpt_run, image_tokenizer, data, tmp_path):
+    """Two batches of two, as one batch of four: the same losses, and the same codebook on both."""
+    (tmp_path / "program.py").write_text(PER_RANK)
+    common = COMMON | {"data_path": data, "eval_data_path": data, "batch_size": 2}
+    tokenizer = common | TINY_VQ | {"continuous_fraction": 0.3, "output_dir": tmp_path / "tokenizer"}
+    model = common | TINY_GPT | {"visual_tokenizer_path": image_tokenizer, "output_dir": tmp_path / "model"}
+    argument = json.dumps([["train-tokenizer", *flags(tokenizer)], ["train", *flags(model)]])
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    run_program([*launcher, str(tmp_path / "program.py"), argument])
+    ranks = [load_file(tmp_path / f"tokenizer/rank{rank}.safetensors") for rank in (0, 1)]
+    assert [name for name in ranks[0] if not torch.equal(ranks[0][name], ranks[1][name])] == []
+    assert (ranks[0]["codebook_state.updates"], ranks[0]["codebook_state.tokens"]) == (4, 4 * 16)
+    for name, alone in (("tokenizer", tokenizer_run), ("model", gpt_run)):
+        both = history(tmp_path / name / "checkpoint-6")
+        one = history(alone / "checkpoint-6")
+        assert len(both) == len(one) == 6
+        for found, expected in zip(both, one, strict=True):
+            assert found == pytest.approx(expected, abs=1e-5, rel=1e-5), name
+        measured = [json.loads((run / "eval_results.json").read_text()) for run in (tmp_path / name, alone)]
+        assert measured[0] == pytest.approx(measured[1], abs=1e-3)
+
+
+def test_every_epoch_draws_anew_and_a_resumed_run_knows_which_one_it_is_in(data, tmp_path, monkeypatch, tokenizer_run):
+    drawn = []
+    draw = EpochDataset.generator
+    monkeypatch.setattr(
+        EpochDataset, "generator", lambda self, index: drawn.append((self.epoch, index)) or draw(self, index)
+    )
+    train_tokenizer(tokenizer_arguments(data, tmp_path / "new", augment="affine", save_strategy="no"))
+    assert sorted(drawn[:24]) == [(epoch, index) for epoch in range(3) for index in range(8)]
+    drawn.clear()
+    options = {"resume_from_checkpoint": str(tokenizer_run / "checkpoint-3"), "save_strategy": "no"}
+    train_tokenizer(tokenizer_arguments(data, tmp_path / "resumed", **options))
+    assert [epoch for epoch, _ in drawn[:12]] == [1] * 4 + [2] * 8
 
 
 def names(folder: Path) -> set[str]:
@@ -160,7 +245,7 @@ def names(folder: Path) -> set[str]:
 
 
 def test_a_tokenizer_run_leaves_a_tokenizer_and_no_pickles(tokenizer_run):
-    run, _ = tokenizer_run
+    run = tokenizer_run
     tokenizer = {"config.json", "diffusion_pytorch_model.safetensors"}
     assert names(run) == tokenizer | {"training_args.json", "eval_results.json", "samples"}
     for folder in (run, run / "checkpoint-3"):
@@ -188,7 +273,7 @@ def test_every_evaluation_leaves_pictures_above_their_reconstructions(data, tmp_
 
 
 def test_a_model_run_leaves_a_model_and_no_pickles(gpt_run):
-    run, tokenizer, _ = gpt_run
+    run = gpt_run
     model = {"config.json", "generation_config.json", "model.safetensors"}
     processor = {"processor_config.json", "tokenizer.json", "tokenizer_config.json"}
     assert names(run) - {"chat_template.jinja"} == model | processor | {"training_args.json", "eval_results.json"}
@@ -203,10 +288,9 @@ def test_a_model_run_leaves_a_model_and_no_pickles(gpt_run):
     assert AutoModel.from_pretrained(run).generate(**inputs, generation_mode="image").shape == (1, 16)
 
 
-def test_what_is_trained_moves_and_what_is_frozen_does_not(gpt_run, tokenizer_run):
-    run, tokenizer, _ = gpt_run
-    given = load_file(tokenizer / "diffusion_pytorch_model.safetensors")
-    first, last = load_file(run / "checkpoint-1/model.safetensors"), load_file(run / "model.safetensors")
+def test_what_is_trained_moves_and_what_is_frozen_does_not(gpt_run, image_tokenizer, tokenizer_run):
+    given = load_file(image_tokenizer / "diffusion_pytorch_model.safetensors")
+    first, last = load_file(gpt_run / "checkpoint-1/model.safetensors"), load_file(gpt_run / "model.safetensors")
     frozen = {name: name.removeprefix("model.vqmodel.") for name in last if "vqmodel" in name}
     assert set(frozen.values()) == set(given)
     assert all(torch.equal(last[name], given[own]) for name, own in frozen.items())
@@ -214,34 +298,31 @@ def test_what_is_trained_moves_and_what_is_frozen_does_not(gpt_run, tokenizer_ru
     assert len(trained) > 5
     assert [name for name in trained if torch.equal(first[name], last[name])] == []
 
-    run, _ = tokenizer_run
     weights = "diffusion_pytorch_model.safetensors"
-    first, last = load_file(run / f"checkpoint-2/{weights}"), load_file(run / weights)
+    first, last = load_file(tokenizer_run / f"checkpoint-2/{weights}"), load_file(tokenizer_run / weights)
     assert [name for name in last if torch.equal(first[name], last[name])] == []
 
 
 def test_the_log_has_the_terms_and_the_health_of_the_codebook(tokenizer_run, gpt_run):
-    steps = [entry for entry in history(tokenizer_run[0] / "checkpoint-6") if "loss" in entry]
+    steps = [entry for entry in history(tokenizer_run / "checkpoint-6") if "loss" in entry]
     assert [entry["step"] for entry in steps] == [1, 2, 3, 4, 5, 6]
     for entry in steps:
         expected = entry["reconstruction"] + 0.25 * entry["commitment"]
         assert entry["loss"] == pytest.approx(expected, abs=1e-5)
         assert (entry["commitment"] > 0) == ("codebook_usage" in entry) == (entry["step"] > 2)
-    steps = [entry for entry in history(gpt_run[0] / "checkpoint-6") if "loss" in entry]
+    steps = [entry for entry in history(gpt_run / "checkpoint-6") if "loss" in entry]
     assert [entry["step"] for entry in steps] == [1, 2, 3, 4, 5, 6]
     for entry in steps:
         low, high = sorted([entry["text_loss"], entry["image_loss"]])
         assert 0 < low < entry["loss"] < high
 
 
-def test_the_loss_counts_every_predicted_token_once(data, tmp_path, gpt_run):
-    """What the Trainer divides by: predicted tokens of all accumulated batches; bos is never predicted."""
-    run, tokenizer, _ = gpt_run
+def test_accumulated_batches_weigh_every_predicted_token_alike(data, tmp_path, image_tokenizer):
     losses = []
     for batch, accumulated in ((8, 1), (2, 4)):
         arguments = gpt_arguments(
             data,
-            tokenizer,
+            image_tokenizer,
             tmp_path / str(batch),
             per_device_train_batch_size=batch,
             gradient_accumulation_steps=accumulated,
@@ -351,15 +432,17 @@ def test_the_text_model_alone_needs_no_pictures_and_skips_rows_without_text(tmp_
     assert (tmp_path / "run/model.safetensors").is_file()
 
 
-def test_a_given_text_tokenizer_is_used(data, tmp_path, gpt_run):
-    run, image_tokenizer, _ = gpt_run
+def test_a_given_text_tokenizer_is_used(data, tmp_path, gpt_run, image_tokenizer):
     own = train_text_tokenizer(["something else entirely"], 280)
     own.save_pretrained(tmp_path / "words")
     options = {"text_tokenizer_path": str(tmp_path / "words"), "max_steps": 1, "save_strategy": "no"}
     train_gpt(gpt_arguments(data, image_tokenizer, tmp_path / "run", **options))
     kept = AutoProcessor.from_pretrained(tmp_path / "run").tokenizer
     assert kept("something else").input_ids == own("something else").input_ids
-    assert kept("something else").input_ids != AutoProcessor.from_pretrained(run).tokenizer("something else").input_ids
+    assert (
+        kept("something else").input_ids
+        != AutoProcessor.from_pretrained(gpt_run).tokenizer("something else").input_ids
+    )
 
 
 def refused(message: str, train, arguments, untouched: Path) -> None:
@@ -370,10 +453,8 @@ def refused(message: str, train, arguments, untouched: Path) -> None:
     assert sorted(untouched.rglob("*")) == before
 
 
-@pytest.mark.parametrize("gpt_run", ["plain"], indirect=True)
-def test_wrong_tokenizers_are_refused_before_any_work(data, tmp_path, gpt_run):
-    run, tokenizer, _ = gpt_run
-    wrong = gpt_arguments(data, tokenizer, tmp_path / "run", visual_vocab_size=1024)
+def test_wrong_tokenizers_are_refused_before_any_work(data, tmp_path, image_tokenizer):
+    wrong = gpt_arguments(data, image_tokenizer, tmp_path / "run", visual_vocab_size=1024)
     refused("visual_vocab_size is 1024, but the tokenizer at .* has 32 codes", train_gpt, wrong, tmp_path)
     missing = gpt_arguments(data, tmp_path / "none", tmp_path / "run")
     refused("no image tokenizer at .*none; .*train-tokenizer", train_gpt, missing, tmp_path)
@@ -381,9 +462,7 @@ def test_wrong_tokenizers_are_refused_before_any_work(data, tmp_path, gpt_run):
         GPTTrainingArguments(data_path=data, **QUIET)
 
 
-@pytest.mark.parametrize("gpt_run", ["plain"], indirect=True)
-def test_wrong_data_is_refused_before_any_work(data, tmp_path, gpt_run, pictures):
-    run, tokenizer, _ = gpt_run
+def test_wrong_data_is_refused_before_any_work(data, tmp_path, image_tokenizer, pictures):
     features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
     small = {"image": [picture.resize((32, 32)) for picture in pictures[:3]], "text": ["a", "b", "c"]}
     holes = {"image": [*pictures[:2], None], "text": ["a", "b", "c"]}
@@ -393,12 +472,17 @@ def test_wrong_data_is_refused_before_any_work(data, tmp_path, gpt_run, pictures
     for options in ({"data_path": small}, {"eval_data_path": small}):
         message = "32x32 pixels, not 64x64"
         refused(message, train_tokenizer, tokenizer_arguments(data, tmp_path / "run", **options), tmp_path)
-        refused(message, train_gpt, gpt_arguments(data, tokenizer, tmp_path / "run", **options), tmp_path)
+        refused(message, train_gpt, gpt_arguments(data, image_tokenizer, tmp_path / "run", **options), tmp_path)
     refused("1 rows .* no picture", train_tokenizer, tokenizer_arguments(holes, tmp_path / "run"), tmp_path)
     refused(
-        "no column 'words'", train_gpt, gpt_arguments(data, tokenizer, tmp_path / "run", text_column="words"), tmp_path
+        "no column 'words'",
+        train_gpt,
+        gpt_arguments(data, image_tokenizer, tmp_path / "run", text_column="words"),
+        tmp_path,
     )
-    refused("'image' holds no text", train_gpt, gpt_arguments(data, tokenizer, "run", text_column="image"), tmp_path)
+    refused(
+        "'image' holds no text", train_gpt, gpt_arguments(data, image_tokenizer, "run", text_column="image"), tmp_path
+    )
     refused(
         "no Parquet data at", train_tokenizer, tokenizer_arguments(str(tmp_path / "x"), tmp_path / "run"), tmp_path
     )
@@ -428,12 +512,11 @@ def test_too_few_latents_for_the_codebook_stop_the_run_with_advice(data, tmp_pat
         train_tokenizer(arguments)
 
 
-@pytest.mark.parametrize("tokenizer_run", ["plain"], indirect=True)
 def test_no_run_writes_over_another(data, tmp_path, tokenizer_run):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/precious.txt").write_text("mine")
     refused("run already holds files", train_tokenizer, tokenizer_arguments(data, tmp_path / "run"), tmp_path)
-    elsewhere = str(tokenizer_run[0] / "checkpoint-3")
+    elsewhere = str(tokenizer_run / "checkpoint-3")
     arguments = tokenizer_arguments(data, tmp_path / "run", resume_from_checkpoint=elsewhere)
     refused("run already holds files", train_tokenizer, arguments, tmp_path)
     for wanted in ("last", str(tmp_path / "none"), str(tmp_path / "run")):
@@ -441,19 +524,17 @@ def test_no_run_writes_over_another(data, tmp_path, tokenizer_run):
         refused("there is no checkpoint to resume", train_tokenizer, arguments, tmp_path)
 
 
-@pytest.mark.parametrize("tokenizer_run", ["plain"], indirect=True)
 def test_a_checkpoint_cut_short_by_a_crash_is_passed_over(data, tmp_path, tokenizer_run):
-    run, options = tokenizer_run
     for step in (3, 4):
-        shutil.copytree(run / f"checkpoint-{step}", tmp_path / f"run/checkpoint-{step}")
+        shutil.copytree(tokenizer_run / f"checkpoint-{step}", tmp_path / f"run/checkpoint-{step}")
     (tmp_path / "run/checkpoint-4/trainer_state.json").unlink()
     (tmp_path / "run/checkpoint-4/optimizer.pt").write_bytes(b"half")
-    train_tokenizer(tokenizer_arguments(data, tmp_path / "run", resume_from_checkpoint="last", **options))
-    require_equal_runs(run, tmp_path / "run")
+    train_tokenizer(tokenizer_arguments(data, tmp_path / "run", resume_from_checkpoint="last"))
+    require_equal_runs(tokenizer_run, tmp_path / "run")
 
 
 @pytest.mark.parametrize("saved", [True, False])
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_way_back(data, tmp_path, saved, gpt_run):
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_way_back(data, tmp_path, saved, image_tokenizer):
     explosion = {"learning_rate": 1e30, "max_grad_norm": 0.0, "save_strategy": "steps" if saved else "no"}
     explosion |= {"warmup_steps": 0}
     way_back = "The last checkpoint is .*checkpoint-[12]$" if saved else "No checkpoint was written yet"
@@ -463,7 +544,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_way_back(data, tm
         train_tokenizer(tokenizer_arguments(data, tmp_path / "tokenizer", **explosion))
     message = rf"not finite at step [23] \(loss .*text_loss .*image_loss .*lower --learning_rate. {way_back}"
     with pytest.raises(ValueError, match=message):
-        train_gpt(gpt_arguments(data, gpt_run[1], tmp_path / "model", **explosion))
+        train_gpt(gpt_arguments(data, image_tokenizer, tmp_path / "model", **explosion))
     with pytest.raises(ValueError, match=r"not finite at step [23] \(loss"):
         train_gpt(gpt_arguments(data, "", tmp_path / "text", use_visual_tokens=False, **explosion))
     assert not list(tmp_path.glob("*/*.safetensors"))

@@ -52,6 +52,11 @@ class DemoArguments:
     guidance_scale: float = field(default=3.0, metadata={"help": "Weight of the prompt in the drawings."})
     seed: int = field(default=0, metadata={"help": "Seed of everything random."})
 
+    def __post_init__(self):
+        for name in ("tokenizer_steps", "steps", "drawings"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
+
 
 def demo(args: DemoArguments) -> dict:
     """Run the demo; returns what it wrote to `metrics.json`.
@@ -145,8 +150,8 @@ def demo(args: DemoArguments) -> dict:
             "caption_accuracy": float(np.mean([a == b for a, b in zip(captions, expected, strict=True)])),
         }
     metrics |= {"seconds": seconds, "commit": commit()}
-    report(real, reconstructed, drawn.unflatten(0, (10, args.drawings)), digits, captions, out / "report.png")
     (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    report(real, reconstructed, drawn.unflatten(0, (10, args.drawings)), digits, captions, out / "report.png")
     print(json.dumps(metrics, indent=2))
     print(f"\nLook at {out / 'report.png'}, and draw some more:")
     print(f'  unitok-hf generate --checkpoint {out / "model"} --prompt "a handwritten three" --num_images 8')

@@ -11,7 +11,6 @@ codes from `unitok-hf encode`.
 - with `use_visual_tokens: false`, the text model alone, as a plain NanoChat folder
 """
 
-from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,7 +44,7 @@ from .collators import (
     training_and_validation,
     with_text_alone,
 )
-from .evaluation import stream_bits
+from .evaluation import nats_and_tokens, stream_bits
 from .runs import checkpoint_to_resume, require_finite, save_arguments, save_beside
 from .token_cache import require_fresh
 
@@ -183,21 +182,21 @@ class GPTTrainer(Trainer):
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
-        self.terms: dict[str, list[torch.Tensor]] = defaultdict(list)
+        self.counted: list[torch.Tensor] = []  # nats and tokens of each batch since the last log line
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         terms = {"loss": loss, "text_loss": outputs.text_loss, "image_loss": outputs.image_loss}
         require_finite(terms, self.state.global_step, self.args.output_dir)
-        for name in ("text_loss", "image_loss"):
-            self.terms[name].append(outputs[name])
+        self.counted.append(nats_and_tokens(outputs, inputs["labels"], self.model.config.image_token_id))
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            for name, values in self.terms.items():
-                logs[name] = self.accelerator.reduce(torch.stack(values).mean(), reduction="mean").item()
-            self.terms.clear()
+            sums = self.accelerator.reduce(torch.stack(self.counted).sum(dim=0))
+            text_nats, texts, image_nats, images = sums.tolist()
+            logs |= {"text_loss": text_nats / max(texts, 1), "image_loss": image_nats / max(images, 1)}
+            self.counted.clear()
         super().log(logs, start_time)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
