@@ -37,9 +37,10 @@ from ..configuration.vocabulary_unitok import VisualVocabulary
 GENERATION_MODES = ("auto", "text", "image", "interleaved")
 IMAGE_OPTIONS = ("image_temperature", "image_top_k", "image_top_p")
 # arguments of transformers' `generate` that the image loop honours, or that mean nothing inside an image
-LOOP_ARGUMENTS = {"do_sample", "num_return_sequences", "num_beams", "max_new_tokens", "max_length", "use_cache"} | {
-    "temperature", "top_k", "top_p", "eos_token_id", "pad_token_id", "bos_token_id",
-}  # fmt: skip
+LOOP_ARGUMENTS = set(
+    "bos_token_id do_sample eos_token_id max_length max_new_tokens num_beams num_return_sequences pad_token_id "
+    "temperature top_k top_p use_cache".split()
+)
 OUTSIDE, INSIDE, CLOSING, BEGINNING = range(4)  # where a stream stands; in the last two, one token may follow
 
 
@@ -343,7 +344,7 @@ class UniTokGenerationMixin:
                 begun = segment.ids[0] == self.vocabulary.image_start and segment.span[1] == len(row)
                 open_ended = begun and segment.ids[-1] != self.vocabulary.image_end and len(segment.ids) <= n + 1
                 if not segment.complete and not open_ended:
-                    raise _broken(number, segment, n)
+                    raise _broken(number, segment, n, "a prompt may end inside an image, but not hold a broken one")
 
     def _require_known(self, ids: torch.LongTensor) -> None:
         """Raises ValueError for an id (B, T) outside the vocabulary."""
@@ -487,7 +488,7 @@ class UniTokGenerationMixin:
                         segment.text = tokenizer.decode(segment.ids, skip_special_tokens=True)
                     continue
                 if not segment.complete and on_error == "raise":
-                    raise _broken(number, segment, n)
+                    raise _broken(number, segment, n, 'pass on_error="skip" or "pad" to go on')
                 if segment.complete or on_error == "pad":
                     visual = segment.ids[self.vocabulary.is_visual(segment.ids)][:n]
                     pictured.append((segment, len(visual)))
@@ -531,12 +532,12 @@ class UniTokGenerationMixin:
         return segments
 
 
-def _broken(row: int, segment: Segment, n: int) -> ValueError:
+def _broken(row: int, segment: Segment, n: int, advice: str) -> ValueError:
     """The error for an image that is not start, n codes, end."""
     begin, end = segment.span
     return ValueError(
         f"row {row}, positions {begin} to {end}: not an image of {n} codes between image_start and image_end: "
-        f"{segment.ids[:8].tolist()}{'…' if len(segment.ids) > 8 else ''}"
+        f"{segment.ids[:8].tolist()}{'…' if len(segment.ids) > 8 else ''}; {advice}"
     )
 
 

@@ -3,6 +3,7 @@
 import io
 import re
 from collections import Counter
+from multiprocessing import get_all_start_methods
 from pathlib import Path
 
 import datasets
@@ -216,13 +217,14 @@ def test_randomness_is_decided_by_seed_epoch_and_index_alone(streams):
     assert not torch.equal(twice[0], twice[1])
 
 
-def test_workers_draw_the_same_in_every_epoch(streams, tokenizer):
+@pytest.mark.parametrize("method", [method for method in ("fork", "spawn") if method in get_all_start_methods()])
+def test_workers_draw_the_same_in_every_epoch(streams, tokenizer, method):
     data = streams(augment="affine", caption_dropout=0.5)
     workers = DataLoader(
         data,
         batch_size=4,
         num_workers=2,
-        multiprocessing_context="spawn",
+        multiprocessing_context=method,
         persistent_workers=True,
         collate_fn=StreamCollator(tokenizer),
     )

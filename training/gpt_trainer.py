@@ -55,7 +55,7 @@ class GPTTrainingArguments(TrainingArguments):
 
     Defaults that differ from the parent's: AdamW at 1e-3 with betas (0.9, 0.95) and weight decay 0.1, a cosine to a
     tenth, batches of 32, ten epochs; evaluation once per epoch, checkpoints every 500 steps of which two are kept;
-    columns are never dropped; a non-finite loss is an error, not skipped.
+    columns are never dropped, memory is not pinned; a non-finite loss is an error, not skipped.
     """
 
     data_path: str = field(metadata={"help": "Parquet file, folder of them, or pattern, from prepare-data or encode."})
@@ -105,6 +105,7 @@ class GPTTrainingArguments(TrainingArguments):
     save_steps: float = field(default=500, metadata={"help": "Steps between checkpoints."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints that are kept."})
     logging_steps: float = field(default=50, metadata={"help": "Steps between log lines."})
+    dataloader_pin_memory: bool = field(default=False, metadata={"help": "Pinned memory; worth it with a GPU."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Drop columns the model does not name."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide non-finite losses from the log."})
 

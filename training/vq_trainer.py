@@ -52,7 +52,7 @@ class VQTrainingArguments(TrainingArguments):
 
     Defaults that differ from the parent's: AdamW at 4e-4 with betas (0.9, 0.95) and weight decay 1e-4, a cosine to a
     tenth, batches of 32, five epochs; evaluation and a picture grid once per epoch, checkpoints every 500 steps of
-    which two are kept; columns are never dropped; a non-finite loss is an error, not skipped.
+    which two are kept; columns are never dropped, memory is not pinned; a non-finite loss is an error, not skipped.
     """
 
     data_path: str = field(metadata={"help": "Parquet file, folder of Parquet files, or pattern, from prepare-data."})
@@ -122,6 +122,7 @@ class VQTrainingArguments(TrainingArguments):
     save_steps: float = field(default=500, metadata={"help": "Steps between checkpoints."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints that are kept."})
     logging_steps: float = field(default=50, metadata={"help": "Steps between log lines."})
+    dataloader_pin_memory: bool = field(default=False, metadata={"help": "Pinned memory; worth it with a GPU."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Drop columns the model does not name."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide non-finite losses from the log."})
     ddp_broadcast_buffers: bool | None = field(
@@ -271,7 +272,8 @@ class VQTrainingModel(nn.Module):
 
 
 class CodebookCallback(TrainerCallback):
-    """Moves the codebook after every optimizer step, and makes it when the continuous warm-up ends."""
+    """Moves the codebook after every optimizer step, and makes it when the continuous warm-up ends and there are enough
+    latents for it."""
 
     def __init__(self, continuous_fraction: float):
         self.continuous_fraction = continuous_fraction
@@ -281,8 +283,17 @@ class CodebookCallback(TrainerCallback):
 
     def on_step_end(self, args, state, control, model: VQTrainingModel, **_):
         model.codebook_state.step(model.vq.codebook, state.global_step)
-        if not model.codebook_state.started and state.global_step >= self.continuous_fraction * state.max_steps:
+        ready = model.codebook_state.position >= len(model.vq.codebook)  # k-means wants a latent for every code
+        warm = state.global_step >= self.continuous_fraction * state.max_steps
+        if ready and warm and not model.codebook_state.started:
             model.start_codebook(state.global_step)
+
+    def on_train_end(self, args, state, control, model: VQTrainingModel, **_):
+        if not model.codebook_state.started:
+            raise ValueError(
+                f"training ended after {state.global_step} steps with {int(model.codebook_state.position)} latents seen, "
+                f"too few to make {len(model.vq.codebook)} codes; train longer, or with a larger batch or fewer codes"
+            )
 
 
 class VQTrainer(Trainer):
