@@ -98,7 +98,7 @@ def test_a_logit_sees_a_patch(layers, field):
     discriminator = PatchDiscriminator(layers).eval()
     for module in discriminator.network:  # group statistics would see the whole picture
         if isinstance(module, torch.nn.GroupNorm):
-            module.forward = torch.nn.Identity()
+            module.forward = lambda features: features
     pixels = torch.zeros(1, 3, 128, 128, requires_grad=True)
     logits = discriminator(pixels)
     logits[0, 0, logits.shape[2] // 2, logits.shape[3] // 2].backward()
