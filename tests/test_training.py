@@ -396,6 +396,7 @@ def test_the_best_tokenizer_can_be_kept_in_place_of_the_last(data, tmp_path):
         "load_best_model_at_end": True,
         "metric_for_best_model": "psnr",
         "greater_is_better": False,  # so that the best one is not the last
+        "continuous_fraction": 0.0,
     }
     metrics = train_tokenizer(tokenizer_arguments(data, tmp_path / "run", **options))
     found = {
@@ -506,10 +507,15 @@ def test_sizes_that_do_not_fit_are_refused_before_any_work(data, tmp_path):
         train_gpt(gpt_arguments(data, "", tmp_path / "run", use_visual_tokens=False, hidden_size=100))
 
 
-def test_too_few_latents_for_the_codebook_stop_the_run_with_advice(data, tmp_path):
-    arguments = tokenizer_arguments(data, tmp_path / "run", num_vq_embeddings=512, continuous_fraction=0.0)
-    with pytest.raises(ValueError, match="got 64 for 512; lengthen the continuous warm-up"):
-        train_tokenizer(arguments)
+def test_the_codebook_waits_for_enough_latents(data, tmp_path):
+    options = {"num_vq_embeddings": 256, "continuous_fraction": 0.0}
+    train_tokenizer(tokenizer_arguments(data, tmp_path / "enough", **options))
+    steps = [entry for entry in history(tmp_path / "enough/checkpoint-6") if "loss" in entry]
+    assert [entry["commitment"] > 0 for entry in steps] == [False] * 4 + [True] * 2  # 64 latents a step
+    options["num_vq_embeddings"] = 512
+    with pytest.raises(ValueError, match="ended after 6 steps with 384 latents seen, too few to make 512 codes"):
+        train_tokenizer(tokenizer_arguments(data, tmp_path / "too_few", **options))
+    assert not list((tmp_path / "too_few").glob("*.safetensors"))
 
 
 def test_no_run_writes_over_another(data, tmp_path, tokenizer_run):
