@@ -34,9 +34,7 @@ from unitok_hf import (  # noqa: E402
 from unitok_hf.training.gpt_trainer import train_text_tokenizer  # noqa: E402
 
 
-CAPTIONS = [
-    f"a {colour} {shape}" for colour in ("red", "green", "blue", "black") for shape in ("circle", "square")
-]
+CAPTIONS = [f"a {colour} {shape}" for colour in ("red", "green", "blue", "black") for shape in ("circle", "square")]
 TINY_VQ = {"block_out_channels": (32, 32, 32), "latent_channels": 8, "num_vq_embeddings": 64}
 
 

@@ -43,7 +43,9 @@ def training_model(tmp_path):
 
 
 def gradients(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: parameter.grad.clone() for name, parameter in module.named_parameters() if parameter.grad is not None}
+    return {
+        name: parameter.grad.clone() for name, parameter in module.named_parameters() if parameter.grad is not None
+    }
 
 
 def test_one_backward_pass_gives_the_gradients_of_the_classic_three(training_model, noise):
