@@ -90,4 +90,4 @@ def test_the_demo_draws_what_it_is_asked_and_names_what_it_sees(tmp_path):
     assert metrics["classifier_accuracy_real"] >= 0.97
     assert metrics["classifier_accuracy_reconstructed"] >= 0.95
     assert metrics["psnr"] >= 22
-    assert metrics["codebook_usage"] >= 0.95
+    assert metrics["codebook_usage"] >= 0.9
