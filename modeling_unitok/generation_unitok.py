@@ -232,8 +232,8 @@ class UniTokGenerationMixin:
             name: given if given is not None else defaults.get(name)
             for name, given in zip(IMAGE_OPTIONS, (image_temperature, image_top_k, image_top_p), strict=True)
         }
-        scale = 1.0 if guidance_scale is None and config.guidance_scale is None else guidance_scale
-        scale = float(config.guidance_scale if scale is None else scale)
+        scale = config.guidance_scale if guidance_scale is None else guidance_scale
+        scale = 1.0 if scale is None else float(scale)
         config.guidance_scale = 1.0  # what transformers would do with it is done here
         if not 0 <= scale < float("inf"):
             raise ValueError(f"guidance_scale must be a number from 0 on, got {scale:g}")

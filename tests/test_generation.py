@@ -33,15 +33,6 @@ PROMPTS = [
 SAMPLING = {"do_sample": True, "top_k": 0}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Models as small as these only lose time to a second thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 TEXT_CONFIGS = {
     "relative positions": NanoChatConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, initializer_range=0.5

@@ -46,15 +46,6 @@ SMALL = {
 SMALL_GPT2 = {"n_embd": 64, "n_layer": 2, "n_head": 2, "vocab_size": 320, "initializer_range": 0.2}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Models as small as these only lose time to a second thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def model(model, noise) -> UniTokForConditionalGeneration:
     """The model of all tests, with the latents of the noise as its codebook: its 64 patches have 64 codes."""

@@ -20,15 +20,6 @@ CHAT_TEMPLATE = (
 )
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Models as small as these only lose time to a second thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def red() -> Image.Image:
     return Image.new("RGB", (64, 64), (255, 0, 0))

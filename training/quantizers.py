@@ -145,6 +145,11 @@ class EMACodebook(nn.Module):
         self.recent[where] = latents
         self.position += latents.shape[0]
 
+    @property
+    def seen(self) -> torch.Tensor:
+        """The filled part of `recent`, a view."""
+        return self.recent[: min(int(self.position), self.recent.shape[0])]
+
     @torch.no_grad()
     def start(self, codebook: torch.Tensor, step: int) -> None:
         """Set the codebook (K, d) to the k-means centres of the buffer, in place.
@@ -152,7 +157,7 @@ class EMACodebook(nn.Module):
         Raises:
             ValueError: the buffer holds fewer latents than there are codes.
         """
-        seen = self.recent[: min(int(self.position), self.recent.shape[0])]
+        seen = self.seen
         if seen.shape[0] < codebook.shape[0]:
             raise ValueError(
                 f"k-means needs at least as many latents as codes, got {seen.shape[0]} for {codebook.shape[0]}; "
@@ -193,8 +198,8 @@ class EMACodebook(nn.Module):
         self.updates += 1
         self.age += 1
         self.window += counts
-        seen = self.counts > 1e-8
-        codebook[seen] = self.sums[seen] / self.counts[seen, None]
+        alive = self.counts > 1e-8
+        codebook[alive] = self.sums[alive] / self.counts[alive, None]
         self.revived += self._revive(codebook, step, latents.shape[0])
 
     def _decay(self, mean_count: float) -> float:
@@ -211,13 +216,12 @@ class EMACodebook(nn.Module):
         if len(dead) == 0:
             return 0
         generator = self._generator(step)
-        filled = min(int(self.position), self.recent.shape[0])
-        newest = min(filled, max(tokens, 4 * len(dead)))
+        newest = min(len(self.seen), max(tokens, 4 * len(dead)))
         draw = torch.randperm(newest, generator=generator)[: len(dead)].to(codebook.device)
         dead = dead[: len(draw)]
         vectors = self.recent[(self.position - 1 - draw) % self.recent.shape[0]]
         noise = torch.randn(vectors.shape, generator=generator).to(codebook.device)
-        vectors = vectors + 0.01 * self.recent[:filled].std(dim=0) * noise
+        vectors = vectors + 0.01 * self.seen.std(dim=0) * noise
         codebook[dead] = vectors
         self.counts[dead] = mean_count
         self.sums[dead] = vectors * mean_count

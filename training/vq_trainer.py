@@ -165,10 +165,10 @@ class VQTrainingModel(nn.Module):
         self.progress = 0.0
         self.discriminator = PatchDiscriminator(args.discriminator_layers) if args.adversarial_weight else None
         self.perceptual = PerceptualDistance() if args.perceptual_weight else None
-        # what the last convolution of the decoder sees, for the adaptive weight
-        vq.decoder.conv_out.register_forward_pre_hook(
-            lambda module, inputs: setattr(self, "last_features", inputs[0].detach())
-        )
+        if self.discriminator is not None:  # what the last convolution of the decoder sees, for the adaptive weight
+            vq.decoder.conv_out.register_forward_pre_hook(
+                lambda module, inputs: setattr(self, "last_features", inputs[0].detach())
+            )
 
     def forward(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
         """Losses of pictures (B, 3, H, W) in [-1, 1]: `loss`, and its terms by name, without gradient."""
@@ -240,7 +240,7 @@ class VQTrainingModel(nn.Module):
     def start_codebook(self, step: int) -> None:
         """Scale the latents to unit variance without changing the function, then make the codebook by k-means."""
         state = self.codebook_state
-        scale = state.recent[: min(int(state.position), len(state.recent))].std()
+        scale = state.seen.std()
         self.vq.quant_conv.weight /= scale
         self.vq.quant_conv.bias /= scale
         self.vq.post_quant_conv.weight *= scale
@@ -339,15 +339,14 @@ class VQTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         outputs = model(**inputs)
         require_finite(outputs, self.state.global_step, self.args.output_dir)
-        for name, value in outputs.items():
-            self.terms[name].append(value)
+        for name in outputs.keys() - {"loss"}:
+            self.terms[name].append(outputs[name])
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            for name, values in self.terms.items():
-                if name != "loss":
-                    logs[name] = self.accelerator.reduce(torch.stack(values).mean(), reduction="mean").item()
+            for name, values in sorted(self.terms.items()):
+                logs[name] = self.accelerator.reduce(torch.stack(values).mean(), reduction="mean").item()
             logs |= self.model.codebook_state.report()
             self.terms.clear()
         super().log(logs, start_time)
