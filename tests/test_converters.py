@@ -282,15 +282,6 @@ SMALL = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Pictures this small gain nothing from a second thread, and lose much where other processes want the core."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.parametrize("name", ["taming 16,384", "llamagen VQ-8"])
 def test_published_shapes_give_the_codes_and_pictures_of_the_original(name, tmp_path):
     original, convert, write = PUBLISHED[name]

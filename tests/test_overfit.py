@@ -14,15 +14,6 @@ from unitok_hf.training.collators import StreamCollator, StreamDataset, read_row
 STEPS = 300
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Models as small as these only lose time to a second thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def pixels(pictures) -> torch.Tensor:
     """(8, 3, 64, 64)."""
