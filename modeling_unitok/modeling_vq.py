@@ -11,12 +11,15 @@
 - `pixel_range` is where a network trained elsewhere sees black and white; pictures are in [-1, 1] here all the same
 - adds what diffusers lacks: codes of a picture, a picture from codes, statistics of the codebook
 - one nearest-neighbour lookup, `nearest_codes`, for training, encoding and evaluation: fp32, chunked, no (N, K) matrix
+- slicing and tiling, under diffusers' names: one picture of a batch at a time, a large picture tile by tile
 
 Letters: B batch, H W picture, h w grid, K codes, d code width, N latent vectors, p patch size.
 """
 
 import json
 import math
+import os
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -24,10 +27,14 @@ from diffusers import VQModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput, VectorQuantizer
 from diffusers.models.autoencoders.vq_model import VQEncoderOutput
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
+
+from .tiling_vq import blend_weights, owned_spans, tile_starts
 
 
 LOOKUP_BYTES = 64 * 2**20  # the (rows, K) block of scores that the lookup holds at a time
+CPU_LOOKUP_BYTES = 4 * 2**20  # on a CPU: a block that stays in the cache is read back faster
 
 
 @torch.no_grad()
@@ -50,11 +57,13 @@ def nearest_codes(latents: torch.Tensor, codebook: torch.Tensor) -> torch.LongTe
         centre = codebook.mean(dim=0)
         codebook = codebook - centre
         bias = -0.5 * codebook.square().sum(dim=1)  # (K,)
-        rows = max(1, LOOKUP_BYTES // (4 * codebook.shape[0]))
+        size = CPU_LOOKUP_BYTES if latents.device.type == "cpu" else LOOKUP_BYTES
+        rows = max(1, size // (4 * codebook.shape[0]))
+        scores = codebook.new_empty(min(rows, latents.shape[0]), codebook.shape[0])
         codes = torch.empty(latents.shape[0], dtype=torch.int64, device=latents.device)
-        for start in range(0, latents.shape[0], rows):
-            z = latents[start : start + rows].detach().float() - centre
-            codes[start : start + rows] = torch.addmm(bias, z, codebook.T).argmax(dim=1)
+        for z, found in zip(latents.detach().split(rows), codes.split(rows), strict=True):
+            torch.addmm(bias, z.float() - centre, codebook.T, out=scores[: len(z)])
+            torch.argmax(scores[: len(z)], dim=1, out=found)
     return codes
 
 
@@ -188,6 +197,9 @@ class UniTokVQModel(VQModel):
             pixel_range=tuple(pixel_range),
         )
         self.quantize = CodebookQuantizer(num_vq_embeddings, vq_embed_dim)
+        self.use_slicing = self.use_tiling = False
+        self.tile_sample_min_size = sample_size
+        self.tile_overlap_factor = 0.25
 
     @classmethod
     def from_taming(cls, path: str, sample_size: int = 256) -> "UniTokVQModel":
@@ -238,20 +250,104 @@ class UniTokVQModel(VQModel):
             )
         return height // self.downsampling, width // self.downsampling
 
+    def enable_slicing(self) -> None:
+        """Encode and decode the pictures of a batch one by one: the memory of one picture, the same results."""
+        super().enable_slicing()
+
+    def enable_tiling(self) -> None:
+        """Encode and decode pictures larger than `tile_sample_min_size` tile by tile: the memory of one tile.
+
+        An approximation, and another function of the picture: see `tiling_vq`. Tiles have the size of the training
+        pictures, unless `tile_sample_min_size` is set to another number of pixels, and share `tile_overlap_factor` of
+        their side with each neighbour, a quarter unless set. Pictures made of codes fit best when they were encoded
+        the same way.
+        """
+        super().enable_tiling()
+
+    def _tile(self) -> tuple[int, int]:
+        """Side of a tile and of what neighbours share, in codes.
+
+        Raises:
+            ValueError: the tile is no multiple of the downsampling factor, or tiles share a half or more.
+        """
+        if self.tile_sample_min_size < 1 or self.tile_sample_min_size % self.downsampling:
+            raise ValueError(
+                f"tile_sample_min_size must be a multiple of {self.downsampling}, got {self.tile_sample_min_size}"
+            )
+        if not 0 <= self.tile_overlap_factor <= 0.5:
+            raise ValueError(f"tile_overlap_factor must lie in [0, 0.5], got {self.tile_overlap_factor}")
+        side = self.tile_sample_min_size // self.downsampling
+        return side, int(side * self.tile_overlap_factor)
+
+    @apply_forward_hook
     def encode(self, x: torch.Tensor, return_dict: bool = True) -> VQEncoderOutput | tuple[torch.Tensor]:
         """Continuous latents (B, d, h, w) of pictures (B, 3, H, W), before quantisation."""
         if x.ndim != 4 or x.shape[1] != 3:
             raise ValueError(f"pictures must have shape (B, 3, H, W), got {tuple(x.shape)}")
         self.grid(*x.shape[-2:])
-        return super().encode(self._to_network(x), return_dict=return_dict)
+        latents = self._in_slices(self._encode_tiles if self.use_tiling else self._encode, x)
+        return VQEncoderOutput(latents=latents) if return_dict else (latents,)
 
+    def _in_slices(self, function: Callable[[torch.Tensor], torch.Tensor], batch: torch.Tensor) -> torch.Tensor:
+        if self.use_slicing and len(batch) > 1:
+            return torch.cat([function(part) for part in batch.split(1)])
+        return function(batch)
+
+    def _encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.quant_conv(self.encoder(self._to_network(pixels)))
+
+    def _encode_tiles(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Latents of pictures from those of their tiles, each latent from the tile where it is farthest from the rim."""
+        extents = self.grid(*pixels.shape[-2:])
+        (side, shared), factor = self._tile(), self.downsampling
+        starts = [tile_starts(extent, side, shared) for extent in extents]
+        spans = [owned_spans(begin, side, extent) for begin, extent in zip(starts, extents, strict=True)]
+        rows = []
+        for top, (first, last) in zip(starts[0], spans[0], strict=True):
+            row = []
+            for left, (begin, end) in zip(starts[1], spans[1], strict=True):
+                y, x = top * factor, left * factor
+                window = pixels[..., y : y + side * factor, x : x + side * factor]
+                row.append(self._encode(window)[..., first - top : last - top, begin - left : end - left])
+            rows.append(torch.cat(row, dim=3))
+        return torch.cat(rows, dim=2)
+
+    @apply_forward_hook
     def decode(
         self, h: torch.Tensor, force_not_quantize: bool = False, return_dict: bool = True, shape=None
     ) -> DecoderOutput | tuple[torch.Tensor, torch.Tensor]:
         """Pictures (B, 3, H, W) of latents (B, d, h, w), which are quantised first unless told otherwise."""
-        sample, commit_loss = super().decode(h, force_not_quantize, return_dict=False, shape=shape)
-        sample = self._from_network(sample)
+        if not force_not_quantize:
+            h, commit_loss, _ = self.quantize(h)
+        else:
+            commit_loss = torch.zeros(h.shape[0], device=h.device, dtype=h.dtype)
+            if self.config.lookup_from_codebook:
+                h = self.quantize.get_codebook_entry(h, shape)
+        sample = self._in_slices(self._decode_tiles if self.use_tiling else self._decode, h)
         return DecoderOutput(sample=sample, commit_loss=commit_loss) if return_dict else (sample, commit_loss)
+
+    def _decode(self, quantized: torch.Tensor) -> torch.Tensor:
+        spatial = quantized if self.config.norm_type == "spatial" else None
+        return self._from_network(self.decoder(self.post_quant_conv(quantized), spatial))
+
+    def _decode_tiles(self, quantized: torch.Tensor) -> torch.Tensor:
+        """Pictures from those of tiles of latents, mixed linearly where tiles overlap."""
+        extents = quantized.shape[-2:]
+        (side, shared), factor = self._tile(), self.downsampling
+        starts = [tile_starts(extent, side, shared) for extent in extents]
+        if len(starts[0]) == len(starts[1]) == 1:
+            return self._decode(quantized)
+        weights = [
+            blend_weights([start * factor for start in begin], side * factor, extent * factor).to(quantized)
+            for begin, extent in zip(starts, extents, strict=True)
+        ]
+        sample = quantized.new_zeros(quantized.shape[0], 3, extents[0] * factor, extents[1] * factor)
+        for top, down in zip(starts[0], weights[0], strict=True):
+            for left, across in zip(starts[1], weights[1], strict=True):
+                part = self._decode(quantized[..., top : top + side, left : left + side]) * (down[:, None] * across)
+                y, x = top * factor, left * factor
+                sample[..., y : y + part.shape[2], x : x + part.shape[3]] += part
+        return sample
 
     def _to_network(self, pixels: torch.Tensor) -> torch.Tensor:
         """What the first convolution takes, (B, 3p², H/p, W/p) in `pixel_range`; exact where that is [-1, 1]."""
@@ -328,10 +424,7 @@ class UniTokVQModel(VQModel):
                 raise ValueError(f"{indices.shape[1]} codes are no square grid; pass them as (B, h, w)")
             indices = indices.unflatten(1, (side, side))
         quantized = self.indices_to_latents(indices)
-        features = self.decoder(
-            self.post_quant_conv(quantized), quantized if self.config.norm_type == "spatial" else None
-        )
-        sample = self._from_network(features)
+        sample = self._in_slices(self._decode_tiles if self.use_tiling else self._decode, quantized)
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
     get_code = encode_to_indices
@@ -351,6 +444,41 @@ class UniTokVQModel(VQModel):
         shares = counts / counts.sum()
         entropy = -torch.special.xlogy(shares, shares).sum()
         return {"usage": (counts > 0).double().mean().item(), "perplexity": entropy.exp().item()}
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
+        """As diffusers does, for checkpoints; `export` also proves that stock diffusers reads the folder right.
+
+        Raises:
+            ValueError: a weight is not finite (named); nothing was written.
+        """
+        for name, tensor in self.state_dict().items():
+            if not tensor.isfinite().all():
+                raise ValueError(f"{name} is not finite; nothing was saved. Was the learning rate too high?")
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    def export(
+        self,
+        folder: str | os.PathLike,
+        pixel_values: torch.Tensor | None = None,
+        lookup: Callable[[torch.Tensor], torch.LongTensor] | None = None,
+    ) -> None:
+        """Save for stock diffusers, and prove it: see `export_vq`.
+
+        Args:
+            folder: a new one, or an empty one. Nothing is left there when the proof fails.
+            pixel_values: pictures (B, 3, H, W) in [-1, 1] to prove it on; noise when not given.
+            lookup: what gives the right codes (N,) of latents (N, d) when the model was trained; `nearest_codes` in the
+                codebook when not given.
+
+        Raises:
+            ExportError: a ValueError; the weights are not float32, or stock diffusers gives other codes to more than
+                0.01 % of the latents, or a picture that differs by more than 1e-4, with what was measured.
+            FileExistsError: the folder holds files.
+            ValueError: as `save_pretrained`.
+        """
+        from .export_vq import export
+
+        export(self, folder, pixel_values, lookup)
 
     def to_json_string(self) -> str:
         """The configuration as saved: under the stock class name, by which `diffusers.AutoModel` finds it."""

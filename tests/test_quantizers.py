@@ -1,13 +1,21 @@
-"""The training of the codebook: exact gradients, a good start, and no code that dies or is killed without need."""
+"""The training of the codebook: exact gradients, a good start, and no code that dies or is killed without need.
+
+What the modes share is tested on `EMACodebook`; the last part holds every mode against its definition.
+"""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from unitok_hf.modeling_unitok.modeling_vq import nearest_codes
-from unitok_hf.training.quantizers import EMACodebook, kmeans, rotate_to
+from unitok_hf.training import index_backpropagation
+from unitok_hf.training.index_backpropagation import IndexBackpropagation
+from unitok_hf.training.quantizers import QUANTIZERS, EMACodebook, Quantizer, kmeans, rotate_to
+from unitok_hf.training.vq_trainer import CodebookCallback, VQTrainer, VQTrainingArguments, build_training_model
 
 
 def draws(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -274,3 +282,276 @@ def test_the_report_is_of_the_codes_chosen_since_the_last_one():
     assert state.report() == pytest.approx({"codebook_usage": 0.75, "codebook_perplexity": 2**1.5, "codes_revived": 0})
     train(state, codebook, [torch.tensor([[3.0]]).repeat(4, 1)] * 2)
     assert state.report() == pytest.approx({"codebook_usage": 0.25, "codebook_perplexity": 1.0, "codes_revived": 0})
+
+
+MODES = [(mode, norm) for mode in QUANTIZERS for norm in ("none", "l2")]
+ESTIMATED = [(*mode, estimator) for mode in MODES for estimator in ("rotation", "straight_through")]
+
+
+def on_the_sphere(count: int, width: int, radius: float = 3.0, seed: int = 0) -> torch.Tensor:
+    return radius * F.normalize(draws(count, width, seed=seed), dim=1)
+
+
+def started(
+    mode: str, norm: str, estimator: str = "rotation", codes: int = 16, **options
+) -> tuple[Quantizer, torch.nn.Parameter]:
+    """A quantizer of width 4 with its table, after k-means on points near as many centres as codes."""
+    quantizer = QUANTIZERS[mode](codes, 4, norm=norm, estimator=estimator, **options)
+    table = torch.nn.Parameter(torch.zeros(codes, 4 + quantizer.extra_columns), requires_grad=quantizer.learns_table)
+    quantizer.observe(on_the_sphere(codes, 4).repeat(20, 1) + 0.05 * draws(20 * codes, 4, seed=1))
+    quantizer.step(table, 0)
+    quantizer.start(table, 0)
+    return quantizer, table
+
+
+def learn_steps(quantizer: Quantizer, table: torch.nn.Parameter, centres: torch.Tensor, steps: int) -> torch.Tensor:
+    """Steps of training on latents near centres; returns the mean squared error of the codes at the end."""
+    parameters = quantizer.learned(table)
+    optimizer = torch.optim.AdamW(parameters, lr=0.02, weight_decay=0.0) if parameters else None
+    for step in range(steps):
+        latents = centres.repeat(4, 1) + 0.05 * draws(4 * len(centres), 4, seed=step)
+        latents = quantizer.widen(latents)
+        quantizer.observe(latents)
+        if optimizer:
+            optimizer.zero_grad()
+            quantizer(latents, table).codebook_loss.backward()
+            optimizer.step()
+        quantizer.step(table, step)
+    return quantizer(quantizer.widen(centres), table).commitment.detach()
+
+
+def right_codes(mode: str, norm: str, latents: torch.Tensor, table: torch.Tensor) -> torch.LongTensor:
+    """Codes of latents (n, 4) by the definition of the mode, in float64."""
+    latents, codes = latents.double(), table.detach()[:, :4].double()
+    if norm == "l2":
+        return (F.normalize(latents, dim=1) @ F.normalize(codes, dim=1).T).argmax(dim=1)
+    if mode == "ibq":
+        return (latents @ codes.T).argmax(dim=1)
+    return (latents[:, None] - codes).square().sum(dim=2).argmin(dim=1)
+
+
+@pytest.mark.parametrize(("mode", "norm", "estimator"), ESTIMATED)
+def test_what_passes_is_the_code_of_the_table(mode, norm, estimator):
+    quantizer, table = started(mode, norm, estimator)
+    learn_steps(quantizer, table, on_the_sphere(16, 4, seed=5), 20)
+    latents = 2 * draws(500, 4, seed=3)
+    codes = right_codes(mode, norm, latents, table)
+    assert torch.equal(nearest_codes(quantizer.widen(latents), table), codes)
+    assert torch.equal(quantizer.lookup(quantizer.widen(latents), table), codes)
+    quantized = quantizer(quantizer.widen(latents), table)
+    expected = table.detach()[codes, :4]
+    assert torch.allclose(quantized.vectors[:, :4], expected, atol=1e-5)
+    assert quantized.vectors.shape == (500, table.shape[1]) and not quantized.vectors[:, 4:].any()
+    unit = F.normalize(latents, dim=1) if norm == "l2" else latents
+    assert quantized.commitment.item() == pytest.approx((unit - expected).square().mean().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize(("mode", "norm"), MODES)
+def test_the_table_is_what_the_mode_says(mode, norm):
+    quantizer, table = started(mode, norm)
+    learn_steps(quantizer, table, on_the_sphere(16, 4, seed=5), 20)
+    codes = table.detach()[:, :4]
+    if norm == "l2":
+        assert torch.allclose(codes.norm(dim=1), torch.ones(16), atol=1e-6)
+    if mode == "simvq":
+        assert not torch.allclose(quantizer.weight, torch.eye(4), atol=0.05)
+        made = quantizer.base @ quantizer.weight.T
+        assert torch.allclose(codes, F.normalize(made, dim=1) if norm == "l2" else made, atol=1e-5)
+    if quantizer.extra_columns:
+        assert codes.norm(dim=1).std() > 0.01
+        assert torch.allclose(table.norm(dim=1), codes.norm(dim=1).max().expand(16), atol=1e-4)
+
+
+@pytest.mark.parametrize(("mode", "norm", "estimator"), ESTIMATED)
+def test_the_gradient_of_the_latents_is_that_of_the_estimator(mode, norm, estimator):
+    """Through the lookup, and with l2 through the normalisation before it; all in float64."""
+    quantizer, table = started(mode, norm, estimator)
+    latents, gradient = 2 * draws(30, 4, seed=3), draws(30, 4, seed=4)
+    wide = quantizer.widen(latents).clone().requires_grad_()
+    (quantizer(wide, table).vectors[:, :4] * gradient).sum().backward()
+    z = latents.double().requires_grad_()
+    unit = F.normalize(z, dim=1) if norm == "l2" else z
+    codes = table.detach()[:, :4].double()
+    chosen = codes[right_codes(mode, norm, latents, table)]
+    if estimator == "rotation":
+        turned = []
+        for e, q, g in zip(unit.detach(), chosen, gradient.double(), strict=True):
+            turned.append(q.norm() / e.norm() * rotation(e / e.norm(), q / q.norm()).T @ g)
+        unit.backward(torch.stack(turned))
+    elif mode == "ibq":
+        soft = ((4 if norm == "l2" else 1) * unit @ codes.T).softmax(dim=1)
+        (soft @ codes).backward(gradient.double())
+    else:
+        unit.backward(gradient.double())
+    assert torch.allclose(wide.grad[:, :4].double(), z.grad, atol=1e-4, rtol=1e-3)
+    assert not wide.grad[:, 4:].any()
+
+
+@pytest.mark.parametrize("rows", [1, 7, 1000])
+def test_index_backpropagation_has_the_gradient_of_its_definition(monkeypatch, rows):
+    monkeypatch.setattr(index_backpropagation, "BLOCK_BYTES", 4 * 11 * rows)
+    latents, codes = draws(50, 3).double().requires_grad_(), draws(11, 3, seed=1).double().requires_grad_()
+    chosen, gradient = (latents @ codes.T).argmax(dim=1), draws(50, 3, seed=2).double()
+    value = IndexBackpropagation.apply(latents, codes, chosen, 0.7)
+    assert torch.equal(value, codes[chosen])
+    found = torch.autograd.grad((value * gradient).sum(), [latents, codes])
+    soft = (0.7 * latents @ codes.T).softmax(dim=1)
+    onehot = F.one_hot(chosen, 11).double()
+    expected = torch.autograd.grad((((onehot - soft).detach() + soft) @ codes * gradient).sum(), [latents, codes])
+    assert all(torch.allclose(*pair) for pair in zip(found, expected, strict=True))
+    assert (found[1].norm(dim=1) > 0).all()  # every code hears of every latent
+
+
+@pytest.mark.parametrize("estimator", ["rotation", "straight_through"])
+def test_in_ibq_codes_that_were_not_chosen_learn_from_the_picture(estimator):
+    quantizer, table = started("ibq", "none", estimator)
+    latents = quantizer.widen(2 * draws(3, 4, seed=3))
+    quantizer(latents, table).vectors.square().sum().backward()
+    assert (table.grad[:, :4].norm(dim=1) > 0).all() and not table.grad[:, 4].any()
+
+
+def test_a_gradient_codebook_hears_of_the_distance_at_full_weight_and_not_of_the_picture():
+    quantizer, table = started("grad", "none")
+    latents = 2 * draws(40, 4, seed=3)
+    codes = right_codes("grad", "none", latents, table)
+    quantized = quantizer(latents.requires_grad_(), table)
+    assert quantized.codebook_loss.item() == pytest.approx(quantized.commitment.item())
+    quantized.vectors.sum().backward(retain_graph=True)
+    assert table.grad is None
+    quantized.codebook_loss.backward()
+    towards = (table[codes] - latents).detach() * 2 / latents.numel()
+    assert torch.allclose(table.grad, torch.zeros_like(table).index_add_(0, codes, towards), atol=1e-6)
+
+
+@pytest.mark.parametrize(("mode", "norm"), MODES)
+def test_codes_follow_latents_that_have_turned(mode, norm):
+    quantizer, table = started(mode, norm, decay=0.9)
+    turn = torch.linalg.matrix_exp(0.2 * torch.triu(torch.ones(4, 4), 1) - 0.2 * torch.tril(torch.ones(4, 4), -1))
+    centres = on_the_sphere(16, 4) @ turn.T
+    at_best = quantizer(
+        quantizer.widen(on_the_sphere(16, 4)), table
+    ).commitment  # k-means lets some centres share a code
+    before = quantizer(quantizer.widen(centres), table).commitment
+    after = learn_steps(quantizer, table, centres, 150)
+    assert before > 1.3 * at_best and after - at_best < 0.3 * (before - at_best)
+
+
+@pytest.mark.parametrize(("mode", "norm"), MODES)
+def test_a_dead_code_of_any_mode_comes_to_a_latent(mode, norm):
+    quantizer, table = started(mode, norm)
+    with torch.no_grad():
+        if mode == "simvq":
+            quantizer.weight += 0.2 * draws(4, 4)
+            quantizer.refresh(table)
+    quantizer.counts[3], quantizer.age[3], kept = 0.0, 10_000, table.detach().clone()
+    quantizer.counts[:3] = quantizer.counts[4:] = 100.0
+    others = torch.arange(16) != 3
+    weight, base = (x.clone() for x in (quantizer.weight, quantizer.base)) if mode == "simvq" else (None, None)
+    latents = on_the_sphere(16, 4, seed=8).repeat(3, 1)
+    latents = latents[quantizer.lookup(quantizer.widen(latents), table) != 3]
+    quantizer.observe(latents)
+    assert quantizer.step(table, 7).tolist() == [3]
+    code = table.detach()[3:4, :4]
+    assert torch.cdist(F.normalize(code, dim=1), F.normalize(latents, dim=1)).min() < 0.1
+    assert code.norm().item() == pytest.approx(1.0 if norm == "l2" else 3.0, abs=0.1)
+    if mode == "simvq":
+        assert torch.equal(quantizer.weight, weight) and torch.equal(quantizer.base[others], base[others])
+    if mode != "ema":
+        assert torch.allclose(table[others, :4], kept[others, :4], atol=1e-6)
+
+
+@pytest.mark.parametrize(("mode", "norm"), MODES)
+def test_autocast_changes_nothing(mode, norm):
+    quantizer, table = started(mode, norm)
+    latents = quantizer.widen(2 * draws(50, 4, seed=3))
+    expected = quantizer(latents, table)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = quantizer(latents, table)
+        rounded = quantizer(latents.bfloat16(), table)
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == torch.float32 and torch.equal(one, other)
+    assert rounded.vectors.dtype == torch.float32
+
+
+def tiny_arguments(tmp_path, **options) -> VQTrainingArguments:
+    sizes = {"block_out_channels": [16, 16, 16], "norm_num_groups": 16, "latent_channels": 6, "num_vq_embeddings": 12}
+    common = {
+        "data_path": "",
+        "output_dir": str(tmp_path),
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "eval_strategy": "no",
+    }
+    return VQTrainingArguments(**sizes | common | {"max_steps": 10} | options)
+
+
+@pytest.mark.parametrize("mode", ["grad", "ibq"])
+def test_the_optimizer_forgets_a_dead_code_and_no_other(tmp_path, noise, mode):
+    torch.manual_seed(0)
+    model = build_training_model(tiny_arguments(tmp_path, quantizer=mode))
+    optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-3)
+    callback, state = CodebookCallback(0.1), SimpleNamespace(global_step=0, max_steps=10)
+    for state.global_step in range(1, 4):
+        optimizer.zero_grad()
+        model(noise)["loss"].backward()
+        optimizer.step()
+        if state.global_step == 3:
+            with torch.no_grad():  # where no latent chooses it
+                model.vq.codebook[5, :6] = 1000.0 if mode == "grad" else 0.0
+            model.codebook_state.counts.fill_(100.0)
+            model.codebook_state.counts[5], model.codebook_state.age[5] = 0.0, 10_000
+            moments = {name: x.clone() for name, x in optimizer.state[model.vq.codebook].items() if x.ndim == 2}
+        callback.on_step_end(None, state, None, model=model, optimizer=optimizer)
+    assert model.codebook_state.revived == 1
+    for name, before in moments.items():
+        after = optimizer.state[model.vq.codebook][name]
+        others = torch.arange(12) != 5
+        assert not after[5].any() and torch.equal(after[others], before[others]) and before[others].any()
+
+
+@pytest.mark.parametrize("adversarial_weight", [0.0, 0.1])
+@pytest.mark.parametrize(
+    ("mode", "name"), [("grad", "vq.quantize.embedding.weight"), ("simvq", "codebook_state.weight")]
+)
+def test_weight_decay_does_not_shrink_codes(tmp_path, mode, name, adversarial_weight):
+    args = tiny_arguments(tmp_path, quantizer=mode, weight_decay=0.1, adversarial_weight=adversarial_weight)
+    model = build_training_model(args)
+    groups = VQTrainer(model, args).create_optimizer().param_groups
+    decays = {id(parameter): group["weight_decay"] for group in groups for parameter in group["params"]}
+    expected = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    assert decays.keys() == expected
+    assert decays[id(model.get_parameter(name))] == 0
+    assert decays[id(model.vq.quant_conv.weight)] == 0.1
+
+
+@pytest.mark.parametrize(("mode", "norm"), MODES)
+def test_starting_the_codebook_does_not_change_what_the_network_computes(tmp_path, noise, mode, norm):
+    torch.manual_seed(0)
+    model = build_training_model(tiny_arguments(tmp_path, quantizer=mode, codebook_norm=norm))
+
+    @torch.no_grad()
+    def unquantized() -> torch.Tensor:
+        latents = model.vq.encode(noise).latents
+        latents = F.normalize(latents, dim=1) if norm == "l2" else latents
+        return model.vq.decode(latents, force_not_quantize=True).sample
+
+    with torch.no_grad():
+        model.vq.quant_conv.weight *= 5
+    model(noise)
+    model.codebook_state.step(model.vq.codebook, 0)
+    before = unquantized()
+    model.start_codebook(1)
+    assert torch.allclose(before, unquantized(), atol=1e-5)
+    latents = model.vq.encode(noise).latents[:, :6].detach()
+    size = latents.norm(dim=1).mean() if norm == "l2" else latents.std()
+    assert size.item() == pytest.approx(1, abs=0.01)
+
+
+def test_an_unknown_norm_or_estimator_is_refused(tmp_path):
+    for name, message in (
+        ("codebook_norm", "--codebook_norm must be one of none, l2, got 'L1'"),
+        ("gradient_estimator", "--gradient_estimator must be one of rotation, straight_through, got 'L1'"),
+        ("quantizer", "--quantizer must be one of ema, grad, simvq, ibq, got 'L1'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tiny_arguments(tmp_path, **{name: "L1"})

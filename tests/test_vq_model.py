@@ -1,5 +1,6 @@
 """UniTokVQModel: a folder that stock diffusers reads, and codes that depend on the picture alone."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from unitok_hf import UniTokVQModel
 from unitok_hf.modeling_unitok import modeling_vq
 from unitok_hf.modeling_unitok.modeling_vq import CodebookQuantizer, nearest_codes
+from unitok_hf.modeling_unitok.tiling_vq import blend_weights, owned_spans, tile_starts
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -151,9 +153,9 @@ def test_the_lookup_does_not_depend_on_its_blocks(monkeypatch, rows):
     generator = torch.Generator().manual_seed(0)
     latents, codebook = torch.randn(1001, 8, generator=generator), torch.randn(64, 8, generator=generator)
     expected = nearest_codes(latents, codebook)
-    blocks, addmm = [], torch.addmm
-    monkeypatch.setattr(torch, "addmm", lambda bias, z, e: blocks.append(len(z)) or addmm(bias, z, e))
-    monkeypatch.setattr(modeling_vq, "LOOKUP_BYTES", 4 * 64 * rows)
+    blocks, argmax = [], torch.argmax
+    monkeypatch.setattr(torch, "argmax", lambda scores, **kw: blocks.append(len(scores)) or argmax(scores, **kw))
+    monkeypatch.setattr(modeling_vq, "CPU_LOOKUP_BYTES", 4 * 64 * rows)
     assert torch.equal(nearest_codes(latents, codebook), expected)
     assert max(blocks) == min(rows, 1001) and sum(blocks) == 1001
 
@@ -341,3 +343,184 @@ def test_gradient_checkpointing_gives_the_same_gradients(spread):
     assert plain.keys() == checkpointed.keys()
     for name in plain:
         assert torch.allclose(plain[name], checkpointed[name], rtol=1e-5, atol=1e-8), name
+
+
+def peak_bytes(call, tmp_path) -> int:
+    """The most memory that tensors made by the call held at a time, by the profiler's allocation events."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    profiler.export_chrome_trace(str(tmp_path / "trace.json"))
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    changes = [(event["ts"], event["args"]["Bytes"]) for event in events if event["name"] == "[memory]"]
+    return max(itertools.accumulate(change for _, change in sorted(changes, key=lambda pair: pair[0])))
+
+
+def test_the_lookup_never_holds_a_score_for_every_pair(tmp_path):
+    latents, codebook = torch.randn(8192, 8), torch.randn(4096, 8)
+    matrix = 4 * len(latents) * len(codebook)  # 128 MB
+    assert peak_bytes(lambda: torch.cdist(latents, codebook).argmin(dim=1), tmp_path) >= matrix
+    assert peak_bytes(lambda: nearest_codes(latents, codebook), tmp_path) < modeling_vq.CPU_LOOKUP_BYTES + 2**20
+
+
+def test_no_latents_have_no_codes():
+    assert nearest_codes(torch.empty(0, 8), torch.randn(4, 8)).shape == (0,)
+
+
+def test_gradient_checkpointing_takes_less_memory(spread, tmp_path):
+    def step() -> None:
+        spread.zero_grad()
+        spread(random_pictures(4)).sample.mean().backward()
+
+    spread.train()
+    plain = peak_bytes(step, tmp_path)
+    spread.enable_gradient_checkpointing()
+    assert peak_bytes(step, tmp_path) < 0.75 * plain
+
+
+def test_slicing_gives_what_the_pictures_give_one_by_one(either):
+    """Bit for bit. Against the whole batch it is up to rounding: PyTorch has other kernels for small batches."""
+    pixels = random_pictures(3, 48, 80)
+    seen = []
+    either.encoder.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    either.decoder.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+
+    @torch.no_grad()
+    def everything(pixels: torch.Tensor) -> list[torch.Tensor]:
+        codes = either.encode_to_indices(pixels)
+        return [codes, either.encode(pixels).latents, either.decode_from_indices(codes).sample, either(pixels).sample]
+
+    whole, loss = everything(pixels), either(pixels).commit_loss
+    assert set(seen) == {3}
+    one_by_one = [torch.cat(parts) for parts in zip(*(everything(one) for one in pixels.split(1)), strict=True)]
+    seen.clear()
+    either.enable_slicing()
+    sliced = everything(pixels)
+    assert set(seen) == {1} and len(seen) == 3 * 5
+    assert all(torch.equal(a, b) for a, b in zip(sliced, one_by_one, strict=True))
+    assert torch.equal(sliced[0], whole[0])
+    assert all(torch.allclose(a, b, rtol=0, atol=1e-4) for a, b in zip(sliced[1:], whole[1:], strict=True))
+    assert torch.allclose(either(pixels).commit_loss, loss)
+    seen.clear()
+    either.disable_slicing()
+    everything(pixels)
+    assert set(seen) == {3}
+
+
+@pytest.mark.parametrize("extent", range(1, 30))
+@pytest.mark.parametrize(("tile", "overlap"), [(4, 0), (4, 1), (8, 2), (8, 4), (5, 2)])
+def test_tiles_are_full_overlap_and_cover_everything_once(extent, tile, overlap):
+    starts = tile_starts(extent, tile, overlap)
+    if extent <= tile:
+        assert starts == [0]
+    else:
+        assert starts[0] == 0 and starts[-1] == extent - tile
+        assert all(overlap <= a + tile - b < tile for a, b in itertools.pairwise(starts))
+        fewer = len(starts) - 1  # even with the least overlap they do not reach the end
+        assert fewer * tile - (fewer - 1) * overlap < extent
+    spans = owned_spans(starts, tile, extent)
+    assert [place for span in spans for place in range(*span)] == list(range(extent))
+    for place in range(extent):
+        [owner] = [start for start, span in zip(starts, spans, strict=True) if place in range(*span)]
+        covering = [start for start in starts if start <= place < start + tile]
+        off_centre = {start: abs(place + 0.5 - start - tile / 2) for start in covering}
+        assert off_centre[owner] <= min(off_centre.values()) + 1  # odd overlaps have no middle
+    weights = torch.zeros(extent)
+    for start, weight in zip(starts, blend_weights(starts, tile, extent), strict=True):
+        assert (weight > 0).all()
+        weights[start : start + tile] += weight
+    torch.testing.assert_close(weights, torch.ones(extent))
+
+
+def test_a_picture_of_one_tile_is_not_changed_by_tiling(either):
+    pixels = random_pictures(2, 48, 64)
+    codes = either.encode_to_indices(pixels)
+    picture = either.decode_from_indices(codes).sample
+    either.enable_tiling()
+    assert torch.equal(either.encode_to_indices(pixels), codes)
+    assert torch.equal(either.decode_from_indices(codes).sample, picture)
+
+
+def test_tiled_codes_are_those_of_the_tile_in_which_they_lie_deepest(either):
+    """11 x 4 codes in tiles of 4 that share at least 1: they begin at 0, 2, 4 and 7."""
+    pixels = random_pictures(2, 176, 64)
+    either.enable_tiling()
+    codes = either.encode_to_indices(pixels)
+    assert codes.shape == (2, 11, 4)
+    either.disable_tiling()
+    for start, owned in ((0, (0, 3)), (2, (3, 5)), (4, (5, 7)), (7, (7, 11))):
+        window = either.encode_to_indices(pixels[:, :, 16 * start : 16 * start + 64])
+        assert torch.equal(codes[:, slice(*owned)], window[:, owned[0] - start : owned[1] - start])
+    assert not torch.equal(codes, either.encode_to_indices(pixels))  # normalisation sees the whole picture here
+
+
+def test_tiled_pictures_are_mixed_linearly_where_tiles_overlap(either):
+    """4 x 7 codes in two tiles that begin at 0 and 3: pixels 48 to 64 belong to both."""
+    codes = torch.randint(64, (2, 4, 7), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        left, right = (either.decode_from_indices(codes[:, :, begin : begin + 4]).sample for begin in (0, 3))
+        either.enable_tiling()
+        found = either.decode_from_indices(codes).sample
+        mixed = either.decode(either.indices_to_latents(codes), force_not_quantize=True).sample
+    share = (torch.arange(16) + 0.5) / 16
+    seam = left[..., 48:] * (1 - share) + right[..., :16] * share
+    expected = torch.cat([left[..., :48], seam, right[..., 16:]], dim=3)
+    assert (left[..., 48:] - right[..., :16]).abs().max() > 1e-3
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert torch.equal(found, mixed)
+
+
+@pytest.mark.parametrize(("overlap", "same"), [(0.5, True), (0.05, False)], ids=["wide overlap", "narrow overlap"])
+def test_without_global_statistics_tiles_equal_the_whole_away_from_the_rims(overlap, same):
+    """92 x 92 codes in tiles of 48 that share 26 or 4; the network sees 11 codes to each side."""
+    torch.manual_seed(0)
+    settings = PLAIN | {"block_out_channels": (8, 8), "norm_num_groups": 8, "sample_size": 96}
+    model = UniTokVQModel(**settings, mid_block_add_attention=False).eval()
+    for module in model.modules():
+        if isinstance(module, torch.nn.GroupNorm):
+            module.forward = lambda features: features
+    pixels = random_pictures(1, 192, 192)[..., :184, :184]
+    with torch.no_grad():
+        latents = model.encode(pixels).latents
+        picture = model.decode(latents, force_not_quantize=True).sample
+        model.enable_tiling()
+        model.tile_overlap_factor = overlap
+        tiled_latents = model.encode(pixels).latents
+        tiled_picture = model.decode(latents, force_not_quantize=True).sample
+    assert torch.allclose(tiled_latents, latents, rtol=0, atol=1e-6) == same
+    # tiles begin at pixels 0 and 44, or 0 and 88, and have 96
+    only_one_tile = (tiled_picture - picture)[..., :40, :40]
+    assert only_one_tile.abs().max() < 1e-6
+    assert not torch.allclose(tiled_picture, picture, rtol=0, atol=1e-6)
+
+
+def test_tiling_bounds_what_the_network_sees_and_holds(tmp_path):
+    torch.manual_seed(0)
+    model = UniTokVQModel(**PLAIN).eval()
+    pixels = random_pictures(1, 160, 208)
+    sides = []
+    model.encoder.register_forward_pre_hook(lambda module, inputs: sides.append(tuple(inputs[0].shape[-2:])))
+    model.decoder.register_forward_pre_hook(lambda module, inputs: sides.append(tuple(inputs[0].shape[-2:])))
+
+    def there_and_back() -> None:
+        with torch.no_grad():
+            assert model.decode_from_indices(model.encode_to_indices(pixels)).sample.shape == pixels.shape
+
+    whole = peak_bytes(there_and_back, tmp_path)
+    sides.clear()
+    model.enable_tiling()
+    assert peak_bytes(there_and_back, tmp_path) < 0.4 * whole
+    assert set(sides) == {(64, 64), (4, 4)} and len(sides) == 2 * 3 * 4
+
+
+def test_tiles_that_cannot_be_are_refused(vq_model):
+    vq_model.enable_tiling()
+    with pytest.raises(ValueError, match="100x128"):
+        vq_model.encode_to_indices(torch.zeros(1, 3, 100, 128))
+    for name, value in (("tile_sample_min_size", 40), ("tile_sample_min_size", 0), ("tile_overlap_factor", 0.75)):
+        before = getattr(vq_model, name)
+        setattr(vq_model, name, value)
+        with pytest.raises(ValueError, match=f"{name} must .* got {value}"):
+            vq_model.encode_to_indices(torch.zeros(1, 3, 128, 128))
+        with pytest.raises(ValueError, match=f"{name} must .* got {value}"):
+            vq_model.decode_from_indices(torch.zeros(1, 8, 8, dtype=torch.int64))
+        setattr(vq_model, name, before)

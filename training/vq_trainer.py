@@ -6,8 +6,8 @@ The recipe, in the order in which it acts:
    started on a young encoder shrink); the latents are only watched
 2. the latents are scaled to unit variance, once, with the factor folded into the two 1x1 convolutions around them
 3. k-means on the watched latents makes the codebook; from here on latents are quantised
-4. EMA codes, relative dead-code rule, rotation trick (see `quantizers`), commitment loss, multi-scale L1; with
-   `perceptual_weight`, a distance of features (see `perceptual`)
+4. EMA codes, relative dead-code rule, rotation trick (see `quantizers`, also for the other modes of `quantizer`),
+   commitment loss, multi-scale L1; with `perceptual_weight`, a distance of features (see `perceptual`)
 5. with `adversarial_weight`, a discriminator (see `discriminator`) that learns from `discriminator_start` on and is heard
    from `adversarial_start` on, first softly; both learn from the same batch in one optimizer step
 
@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from ..modeling_unitok.modeling_vq import UniTokVQModel, nearest_codes
+from ..modeling_unitok.modeling_vq import UniTokVQModel
 from .collators import (
     EpochCallback,
     PictureCollator,
@@ -39,7 +39,7 @@ from .discriminator import PatchDiscriminator, adaptive_weight
 from .evaluation import ReconstructionMeter, picture_rows
 from .losses import multi_scale_l1
 from .perceptual import PerceptualDistance
-from .quantizers import EMACodebook, rotate_to
+from .quantizers import ESTIMATORS, NORMS, QUANTIZERS, Quantizer, forget_rows
 from .runs import checkpoint_to_resume, require_finite, save_arguments, save_beside
 
 
@@ -79,6 +79,16 @@ class VQTrainingArguments(TrainingArguments):
     )
     continuous_fraction: float = field(
         default=0.1, metadata={"help": "Share of the steps that train without quantisation, before k-means."}
+    )
+    quantizer: Literal["ema", "grad", "simvq", "ibq"] = field(
+        default="ema",
+        metadata={"help": "How the codes learn: moving averages, gradients, one matrix, or all of them."},
+    )
+    codebook_norm: Literal["none", "l2"] = field(
+        default="none", metadata={"help": "l2 makes latents and codes unit vectors, chosen by cosine."}
+    )
+    gradient_estimator: Literal["rotation", "straight_through"] = field(
+        default="rotation", metadata={"help": "How gradients pass the lookup of a code."}
     )
     commitment_weight: float = field(default=0.25, metadata={"help": "Weight of the commitment loss."})
     perceptual_weight: float = field(
@@ -131,6 +141,9 @@ class VQTrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        for name, known in (("quantizer", QUANTIZERS), ("codebook_norm", NORMS), ("gradient_estimator", ESTIMATORS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"--{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         if not 0 <= self.continuous_fraction < 1:
             raise ValueError(f"--continuous_fraction must lie in [0, 1), got {self.continuous_fraction}")
         starts = (self.continuous_fraction, self.discriminator_start, self.adversarial_start, 1)
@@ -147,8 +160,8 @@ class VQTrainingModel(nn.Module):
     """The tokenizer with its training losses.
 
     Args:
-        vq: the tokenizer; its codebook is moved by `codebook_state`, not by gradients.
-        codebook_state: what the codebook's training remembers.
+        vq: the tokenizer.
+        codebook_state: how its codebook learns, and what that remembers.
         args: weights and times of the losses.
 
     Attributes:
@@ -156,10 +169,10 @@ class VQTrainingModel(nn.Module):
         discriminator, perceptual: None where their weight is 0.
     """
 
-    def __init__(self, vq: UniTokVQModel, codebook_state: EMACodebook, args: VQTrainingArguments):
+    def __init__(self, vq: UniTokVQModel, codebook_state: Quantizer, args: VQTrainingArguments):
         super().__init__()
         self.vq = vq
-        self.vq.codebook.requires_grad_(False)
+        self.vq.codebook.requires_grad_(codebook_state.learns_table)
         self.codebook_state = codebook_state
         self.args = args
         self.progress = 0.0
@@ -175,14 +188,8 @@ class VQTrainingModel(nn.Module):
         latents = self.vq.encode(pixel_values).latents  # (B, d, h, w)
         rows = latents.permute(0, 2, 3, 1).flatten(0, 2).float()  # (N, d)
         self.codebook_state.observe(rows)
-        if self.codebook_state.started:
-            chosen = self.vq.codebook[nearest_codes(rows, self.vq.codebook)]
-            commitment = F.mse_loss(rows, chosen)
-            quantized = rotate_to(rows, chosen).view(latents.shape[0], *latents.shape[2:], -1)
-            quantized = quantized.permute(0, 3, 1, 2).to(latents.dtype)
-        else:
-            commitment = rows.new_zeros(())
-            quantized = latents
+        vectors, commitment, codebook_loss = self.codebook_state(rows, self.vq.codebook)
+        quantized = vectors.unflatten(0, (latents.shape[0], *latents.shape[2:])).permute(0, 3, 1, 2).to(latents.dtype)
         sample = self.vq.decode(quantized, force_not_quantize=True).sample.float()
         terms = {"commitment": commitment}
         if self.discriminator is not None and self.progress >= self.args.discriminator_start:
@@ -191,7 +198,7 @@ class VQTrainingModel(nn.Module):
             loss = self._reconstruction(sample, pixel_values, terms)
             if self.discriminator is not None:  # DDP wants to see every parameter
                 loss = loss + 0 * sum(parameter.sum() for parameter in self.discriminator.parameters())
-        loss = loss + self.args.commitment_weight * commitment
+        loss = loss + self.args.commitment_weight * commitment + codebook_loss
         return {"loss": loss} | {name: value.detach() for name, value in terms.items()}
 
     def _reconstruction(self, sample: torch.Tensor, pixels: torch.Tensor, terms: dict) -> torch.Tensor:
@@ -238,14 +245,30 @@ class VQTrainingModel(nn.Module):
 
     @torch.no_grad()
     def start_codebook(self, step: int) -> None:
-        """Scale the latents to unit variance without changing the function, then make the codebook by k-means."""
-        state = self.codebook_state
-        scale = state.seen.std()
+        """Scale the latents without changing the function, then make the codebook by k-means."""
+        scale = self._scale_latents()
+        if self.codebook_state.norm == "none":
+            self.vq.post_quant_conv.weight *= scale
+        self.codebook_state.start(self.vq.codebook, step)
+
+    def _scale_latents(self) -> torch.Tensor:
+        """Bring latents to unit variance, with l2 to unit norm, by a factor in the convolution that makes them."""
+        scale = self.codebook_state.scale
         self.vq.quant_conv.weight /= scale
         self.vq.quant_conv.bias /= scale
-        self.vq.post_quant_conv.weight *= scale
-        state.recent /= scale
-        state.start(self.vq.codebook, step)
+        self.codebook_state.recent /= scale
+        return scale
+
+    @torch.no_grad()
+    def export(self, folder: str, pixel_values: torch.Tensor) -> None:
+        """Write the tokenizer, proved on pictures (B, 3, H, W); raises as `UniTokVQModel.export`.
+
+        With l2 only the direction of a latent counts, so that its norm may have grown beyond what fp32 distances stand:
+        it is scaled back first.
+        """
+        if self.codebook_state.norm == "l2":
+            self._scale_latents()
+        self.vq.export(folder, pixel_values, lambda rows: self.codebook_state.lookup(rows, self.vq.codebook))
 
     def activation_checkpointing_enable(self, **_) -> None:
         """What the Trainer calls for `--activation_checkpointing`."""
@@ -281,8 +304,9 @@ class CodebookCallback(TrainerCallback):
     def on_step_begin(self, args, state, control, model: VQTrainingModel, **_):
         model.progress = state.global_step / state.max_steps
 
-    def on_step_end(self, args, state, control, model: VQTrainingModel, **_):
-        model.codebook_state.step(model.vq.codebook, state.global_step)
+    def on_step_end(self, args, state, control, model: VQTrainingModel, optimizer, **_):
+        revived = model.codebook_state.step(model.vq.codebook, state.global_step)
+        forget_rows(optimizer, model.vq.codebook, revived)
         ready = model.codebook_state.position >= len(model.vq.codebook)  # k-means wants a latent for every code
         warm = state.global_step >= self.continuous_fraction * state.max_steps
         if ready and warm and not model.codebook_state.started:
@@ -304,15 +328,20 @@ class VQTrainer(Trainer):
         super().__init__(model=model, args=args, data_collator=PictureCollator(), callbacks=callbacks, **kwargs)
         self.terms: dict[str, list[torch.Tensor]] = defaultdict(list)
 
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """None of those that make the codes: decay would shrink the codes that are not chosen."""
+        names = super().get_decay_parameter_names(model)
+        return [name for name in names if "quantize.embedding" not in name and "codebook_state" not in name]
+
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """One optimizer, so that one checkpoint and one schedule hold both: the discriminator's group has its own rate,
         betas (0.5, 0.9) and no weight decay."""
         discriminator = self.model.discriminator
         if self.optimizer is None and discriminator is not None:
-            decayed = set(self.get_decay_parameter_names(self.model.vq))
+            decayed = set(self.get_decay_parameter_names(self.model))
             groups = {True: [], False: []}
-            for name, parameter in self.model.vq.named_parameters():
-                if parameter.requires_grad:
+            for name, parameter in self.model.named_parameters():
+                if parameter.requires_grad and not name.startswith("discriminator."):
                     groups[name in decayed].append(parameter)
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             self.optimizer = kind(
@@ -334,7 +363,8 @@ class VQTrainer(Trainer):
         """Clips tokenizer and discriminator apart: neither's gradients shrink because the other's are large."""
         if self.model.discriminator is not None:
             self.accelerator.clip_grad_norm_(self.model.discriminator.parameters(), self.args.max_grad_norm)
-        return self.accelerator.clip_grad_norm_(self.model.vq.parameters(), self.args.max_grad_norm)
+        tokenizer = [*self.model.vq.parameters(), *self.model.codebook_state.parameters()]
+        return self.accelerator.clip_grad_norm_(tokenizer, self.args.max_grad_norm)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         outputs = model(**inputs)
@@ -387,19 +417,30 @@ def build_training_model(args: VQTrainingArguments) -> VQTrainingModel:
     Raises:
         ValueError: the sizes do not fit together.
     """
+    state = QUANTIZERS[args.quantizer](
+        args.num_vq_embeddings,
+        args.latent_channels,
+        norm=args.codebook_norm,
+        estimator=args.gradient_estimator,
+        decay=args.ema_decay,
+        seed=args.seed,
+    )
     vq = UniTokVQModel(
         in_channels=3 * args.patch_size**2,
         out_channels=3 * args.patch_size**2,
         block_out_channels=args.block_out_channels,
         layers_per_block=args.layers_per_block,
-        latent_channels=args.latent_channels,
+        latent_channels=args.latent_channels + state.extra_columns,
         sample_size=args.image_size,
         num_vq_embeddings=args.num_vq_embeddings,
         norm_num_groups=args.norm_num_groups,
         patch_size=args.patch_size,
     )
     vq.grid(args.image_size, args.image_size)
-    state = EMACodebook(args.num_vq_embeddings, args.latent_channels, decay=args.ema_decay, seed=args.seed)
+    with torch.no_grad():  # nothing reaches the extra channels or comes from them, before training and after it
+        vq.quant_conv.weight[args.latent_channels :] = 0
+        vq.quant_conv.bias[args.latent_channels :] = 0
+        vq.post_quant_conv.weight[:, args.latent_channels :] = 0
     return VQTrainingModel(vq, state, args)
 
 
@@ -429,7 +470,9 @@ def train_tokenizer(args: VQTrainingArguments) -> dict[str, float]:
     trainer.train(resume_from_checkpoint=checkpoint)
     metrics = trainer.evaluate()
     if trainer.is_world_process_zero():
-        save_beside(args.output_dir, model.vq.save_pretrained)
+        shown = [trainer.eval_dataset[row] for row in range(min(64, len(trainer.eval_dataset)))]
+        pixels = trainer.data_collator(shown)["pixel_values"]
+        save_beside(args.output_dir, lambda folder: model.export(folder, pixels))
         save_arguments(args, args.output_dir)
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics, combined=False)
