@@ -3,11 +3,15 @@
 python benchmarks/generation_speed.py
 
 The model is NanoChat with 4 layers of width 256, 32,768 text rows and 1,024 visual rows, random weights, a prompt of 12
-tokens, 16 tokens per image, guidance scale 3. Three ways, in turn in one process, medians over the repetitions:
+tokens, 16 tokens per image, guidance scale 3. All ways run in turn in one process; medians over the repetitions:
 
 - documented: `generate(guidance_scale=…, negative_prompt_ids=…, prefix_allowed_tokens_fn=…)` of the same language model
-- ours: `generate(generation_mode="image", guidance_scale=…)`
+- ours: `generate(generation_mode="image", guidance_scale=…)`; compiled: the same with `compile_step="trace"`, and after how
+  many pictures that has made up for its compilation, measured against ours
 - floor: only the matrix products of a guided step (projections, MLP, visual rows of the head), nothing around them
+
+The second table is one call that writes 32 tokens and then draws (`generation_mode="interleaved"`) against a call that
+writes them and one that draws behind them.
 """
 
 import argparse
@@ -22,18 +26,20 @@ from transformers import NanoChatConfig, NanoChatForCausalLM
 from unitok_hf import UniTokConfig, UniTokForConditionalGeneration
 
 
-PROMPT, TEXT_ROWS, CODES, SCALE = 12, 32768, 1024, 3.0
+PROMPT, TEXT_ROWS, CODES, SCALE, WORDS = 12, 32768, 1024, 3.0, 32
+OURS = {"generation_mode": "image", "do_sample": True, "guidance_scale": SCALE}
 
 
-def timed(call, repetitions: int) -> float:
-    """Median seconds of a call, after one that does not count."""
-    call()
-    seconds = []
-    for _ in range(repetitions):
-        begin = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - begin)
-    return statistics.median(seconds)
+def medians(ways: dict[str, Callable], repetitions: int) -> dict[str, float]:
+    """Median seconds of each way; all take turns, so that a busy moment of the machine meets all of them."""
+    seconds = {name: [] for name in ways}
+    for repetition in range(repetitions + 1):
+        for name, way in ways.items():
+            begin = time.perf_counter()
+            way()
+            if repetition:  # the first does not count
+                seconds[name].append(time.perf_counter() - begin)
+    return {name: statistics.median(taken) for name, taken in seconds.items()}
 
 
 def documented(text_model, prompts: torch.Tensor, tokens: int) -> None:
@@ -65,19 +71,50 @@ def floor(text_model, head: torch.Tensor, batch: int, tokens: int) -> None:
         x @ head.T
 
 
-def ways(model, text_model, batch: int, tokens: int) -> tuple[Callable, Callable, Callable]:
+def image_tokens(model, text_model, batch: int, repetitions: int) -> str:
+    """A row of the first table."""
+    tokens = model.vocabulary.codes_per_image
     prompts = torch.randint(10, 1000, (batch, PROMPT))
     prompts[:, -1] = model.vocabulary.image_start
-    return (
-        partial(documented, text_model, prompts, tokens),
-        partial(model.generate, prompts, generation_mode="image", do_sample=True, guidance_scale=SCALE),
-        partial(floor, text_model, model.lm_head.weight[TEXT_ROWS:], batch, tokens),
-    )
+    compiled = partial(model.generate, prompts, **OURS, compile_step="trace")
+    begin = time.perf_counter()
+    compiled()
+    compilation = time.perf_counter() - begin
+    slow, ours, fast, bare = medians(
+        {
+            "documented": partial(documented, text_model, prompts, tokens),
+            "ours": partial(model.generate, prompts, **OURS),
+            "compiled": compiled,
+            "floor": partial(floor, text_model, model.lm_head.weight[TEXT_ROWS:], batch, tokens),
+        },
+        repetitions,
+    ).values()
+    pays = f"{compilation / (ours - fast) * batch:.0f}" if fast < ours else "never"
+    times = " | ".join(f"{1000 * taken / tokens:.2f}" for taken in (slow, ours, fast, bare))
+    return f"| {batch} | {times} | {slow / ours:.1f} | {slow / fast:.1f} | {ours / bare:.1f} | {compilation:.1f} | {pays} |"
+
+
+def in_one_call(model, batch: int, repetitions: int) -> str:
+    """A row of the second table."""
+    prompts = torch.randint(10, 1000, (batch, PROMPT))
+    longer = torch.cat([prompts, torch.randint(10, 1000, (batch, WORDS))], dim=1)
+    written = {"do_sample": True, "top_k": 0, "guidance_scale": SCALE}
+    whole = {"generation_mode": "interleaved", "max_new_tokens": WORDS + model.vocabulary.tokens_per_image}
+    one, text, picture = medians(
+        {
+            "one call": partial(model.generate, prompts, **written, **whole),
+            "text": partial(model.generate, prompts, **written, generation_mode="text", max_new_tokens=WORDS),
+            "picture": partial(model.generate, longer, **OURS),
+        },
+        repetitions,
+    ).values()
+    times = " | ".join(f"{1000 * taken:.0f}" for taken in (one, text, picture))
+    return f"| {batch} | {times} | {one / (text + picture):.2f} |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--repetitions", type=int, default=9)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -87,17 +124,17 @@ def main() -> None:
     )
     model = UniTokForConditionalGeneration(UniTokConfig(text_config=text_config, text_vocab_size=TEXT_ROWS)).eval()
     text_model = NanoChatForCausalLM(model.config.text_config).eval()
-    tokens = model.vocabulary.codes_per_image
-    print(f"torch {torch.__version__}, {options.threads} threads, medians of {options.repetitions}")
-    print("| batch | documented ms | ours ms | floor ms | documented / ours | ours / floor |")
-    print("|---|---|---|---|---|---|")
+    print(f"torch {torch.__version__}, {options.threads} threads, medians of {options.repetitions}\n")
+    print(
+        "| batch | documented ms | ours ms | compiled ms | floor ms | documented / ours | documented / compiled | "
+        "ours / floor | compilation s | pays after pictures |"
+    )
+    print("|" + 10 * "---|")
     for batch in (1, 8):
-        slow, ours, bare = (
-            1000 * timed(way, options.repetitions) / tokens for way in ways(model, text_model, batch, tokens)
-        )
-        print(
-            f"| {batch} | {slow:.1f} | {ours:.1f} | {bare:.1f} | {slow / ours:.1f} | {ours / bare:.1f} |", flush=True
-        )
+        print(image_tokens(model, text_model, batch, options.repetitions), flush=True)
+    print("\n| batch | one call ms | text ms | picture ms | one call / sum |\n|" + 5 * "---|")
+    for batch in (1, 8):
+        print(in_one_call(model, batch, options.repetitions), flush=True)
 
 
 if __name__ == "__main__":

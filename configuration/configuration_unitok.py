@@ -31,7 +31,7 @@ class UniTokConfig(PreTrainedConfig):
         image_start_token_id, image_end_token_id: the tokens around an image.
         image_token_id: placeholder for one code, replaced before the model sees it.
         uncond_token_id: stands for a dropped caption, in training and in the unconditional branch of guidance.
-        bos_token_id, eos_token_id, pad_token_id: as everywhere; pad is none of the others.
+        bos_token_id, eos_token_id, pad_token_id: as everywhere; there may be several eos; pad is none of the others.
         text_loss_weight, image_loss_weight: weights of the two kinds of tokens in the loss.
         tie_word_embeddings: whether input and output embeddings are one matrix.
 
@@ -50,7 +50,7 @@ class UniTokConfig(PreTrainedConfig):
     image_grid: list[int] | tuple[int, ...] = (4, 4)
     pad_token_id: int | None = 0
     bos_token_id: int | None = 1
-    eos_token_id: int | None = 2
+    eos_token_id: int | list[int] | None = 2
     image_start_token_id: int = 3
     image_end_token_id: int = 4
     image_token_id: int = 5
@@ -79,10 +79,13 @@ class UniTokConfig(PreTrainedConfig):
         if self.num_visual_tokens < 1:
             raise ValueError(f"num_visual_tokens must be at least 1, got {self.num_visual_tokens}")
         named = {f"{kind}_token_id": getattr(self, f"{kind}_token_id") for kind in SPECIAL_TOKENS}
-        for name, token in named.items():
+        if self.eos_token_id == []:
+            raise ValueError("eos_token_id is an empty list; a stream needs at least one token to end with")
+        tokens = [(name, token) for name, ids in named.items() for token in (ids if isinstance(ids, list) else [ids])]
+        for name, token in tokens:
             if token is None or not 0 <= token < self.text_vocab_size:
                 raise ValueError(f"{name} {token} is outside the text vocabulary [0, {self.text_vocab_size})")
-        if len(set(named.values())) < len(named):
+        if len({token for _, token in tokens}) < len(tokens):
             raise ValueError(f"special tokens must have different ids, got {named}")
         codes = self.vq_config.get("num_vq_embeddings", self.num_visual_tokens)
         if codes != self.num_visual_tokens:

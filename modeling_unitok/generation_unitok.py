@@ -1,14 +1,9 @@
-"""Generation: the image grammar, guidance, the image loop, and the way back from ids to text and pictures.
+"""Generation: pictures and text from prompts, and the way back from ids to text and pictures.
 
-- `ImageGrammar` keeps every stream well formed: after image_start come exactly h·w codes, then image_end; codes come
-  nowhere else; no image is begun that cannot be finished. It reads its state from the ids alone, so it holds under
-  sampling, beams, left padding, and prompts that end inside an image.
-- classifier-free guidance (arXiv:2207.12598; for image tokens arXiv:2203.13131): logits = uncond + s · (cond - uncond)
-  inside images, where the unconditional branch has seen `bos <|uncond|> <|image_start|>` and the codes so far. Both
-  branches run in one batch.
-- `generate(generation_mode="image")` draws one image per row in a loop of its own: only the visual rows of the head are
-  computed, and nothing waits for the host inside the image. The other modes run through transformers' `generate`.
-- `decode_mixed_tokens` takes a mixed stream apart and accounts for every token.
+- `generate` checks what it is given, and chooses who decodes: `decoding_unitok` for greedy search and sampling, which
+  knows guidance and draws images in a loop of their own; transformers' `generate` for beams, assistants and the rest.
+  `grammar_unitok` keeps the streams of both well formed
+- `decode_mixed_tokens` takes a mixed stream apart and accounts for every token
 
 Letters: B rows, L prompt length, T stream length, V vocabulary, K codes, n = h·w codes per image.
 """
@@ -19,29 +14,20 @@ from typing import Literal
 
 import torch
 from torch import nn
-from transformers import (
-    DynamicCache,
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedTokenizerBase,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
-from transformers.generation import GenerateDecoderOnlyOutput
+from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, PreTrainedTokenizerBase
+from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 
-from ..configuration.vocabulary_unitok import VisualVocabulary
+from .decoding_unitok import Drawing, decode, draw_images, is_plain
+from .grammar_unitok import ImageGrammar, PerModality, image_progress, warpers
 
 
 GENERATION_MODES = ("auto", "text", "image", "interleaved")
-IMAGE_OPTIONS = ("image_temperature", "image_top_k", "image_top_p")
+IMAGE_OPTIONS = ("image_temperature", "image_top_k", "image_top_p", "guidance_interval")
 # arguments of transformers' `generate` that the image loop honours, or that mean nothing inside an image
 LOOP_ARGUMENTS = set(
     "bos_token_id do_sample eos_token_id max_length max_new_tokens num_beams num_return_sequences pad_token_id "
     "temperature top_k top_p use_cache".split()
 )
-OUTSIDE, INSIDE, CLOSING, BEGINNING = range(4)  # where a stream stands; in the last two, one token may follow
 
 
 @dataclass
@@ -65,107 +51,6 @@ class Segment:
     image: torch.Tensor | None = None
 
 
-def image_progress(ids: torch.LongTensor, vocabulary: VisualVocabulary) -> torch.LongTensor:
-    """Codes that each row has drawn of the image it ends in; -1 for a row that ends outside an image.
-
-    Args:
-        ids: (B, T), well-formed streams.
-
-    Returns:
-        (B,) int64 in [-1, h·w].
-    """
-    position = torch.arange(ids.shape[1], device=ids.device)
-    last_start = torch.where(ids == vocabulary.image_start, position, -1).amax(dim=1)  # (B,)
-    last_end = torch.where(ids == vocabulary.image_end, position, -1).amax(dim=1)
-    return torch.where(last_start > last_end, ids.shape[1] - 1 - last_start, -1)
-
-
-class ImageGrammar(LogitsProcessor):
-    """Forbids every token that would make the stream ill formed.
-
-    Args:
-        vocabulary: where the codes are.
-        forbidden: ids that are never generated (bos, pad, the placeholder, <|uncond|>).
-        mode: "text" begins no image; "interleaved" ends no row that has drawn no image since the prompt.
-        eos: end-of-sequence ids.
-        prompt_length: L, padding included.
-        max_length: no image is begun that would not fit into so many positions.
-    """
-
-    def __init__(
-        self,
-        vocabulary: VisualVocabulary,
-        forbidden: list[int],
-        mode: str,
-        eos: list[int],
-        prompt_length: int,
-        max_length: int,
-    ):
-        self.vocabulary, self.mode, self.eos = vocabulary, mode, eos
-        self.prompt_length, self.max_length = prompt_length, max_length
-        self.bias = torch.zeros(4, vocabulary.size)
-        self.bias[OUTSIDE, vocabulary.offset :] = -torch.inf
-        self.bias[OUTSIDE, [*forbidden, vocabulary.image_end]] = -torch.inf
-        self.bias[INSIDE, : vocabulary.offset] = -torch.inf
-        self.bias[[CLOSING, BEGINNING]] = -torch.inf
-        self.bias[CLOSING, vocabulary.image_end] = self.bias[BEGINNING, vocabulary.image_start] = 0
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        """Scores (B, V) with -inf at what may not follow `input_ids` (B, T)."""
-        self.bias = self.bias.to(scores.device)
-        drawn = image_progress(input_ids, self.vocabulary)
-        inside = torch.where(drawn < self.vocabulary.codes_per_image, INSIDE, CLOSING)
-        state = torch.where(drawn < 0, OUTSIDE, inside)  # (B,)
-        scores = scores.clone()
-        room = self.max_length - input_ids.shape[1]
-        if self.mode == "text" or room < self.vocabulary.tokens_per_image:
-            scores[:, self.vocabulary.image_start] = -torch.inf
-        elif self.mode == "interleaved":
-            drew = (input_ids[:, self.prompt_length :] == self.vocabulary.image_end).any(dim=1)
-            owing = (drawn < 0) & ~drew
-            scores[:, self.eos] = scores[:, self.eos].masked_fill(owing[:, None], -torch.inf)
-            if room == self.vocabulary.tokens_per_image:
-                state = torch.where(owing, BEGINNING, state)
-        bias = self.bias[state]
-        # the only token that may follow is set, not added to: another processor may have forbidden it
-        return torch.where((state >= CLOSING)[:, None], bias, scores + bias)
-
-
-class PerModality(LogitsProcessor):
-    """One list of processors for rows inside an image, another for the rest."""
-
-    def __init__(self, vocabulary: VisualVocabulary, image: LogitsProcessorList, text: LogitsProcessorList):
-        self.vocabulary, self.image, self.text = vocabulary, image, text
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        inside = (image_progress(input_ids, self.vocabulary) >= 0)[:, None]
-        return torch.where(inside, self.image(input_ids, scores), self.text(input_ids, scores))
-
-
-def warpers(temperature: float | None, top_k: int | None, top_p: float | None) -> LogitsProcessorList:
-    """Transformers' sampling warpers for the options that change anything; temperature first, as `generate` has them."""
-    chosen = LogitsProcessorList()
-    if temperature not in (None, 1.0):
-        chosen.append(TemperatureLogitsWarper(float(temperature)))
-    if top_k:
-        chosen.append(TopKLogitsWarper(top_k))
-    if top_p is not None and top_p < 1.0:
-        chosen.append(TopPLogitsWarper(top_p))
-    return chosen
-
-
-def select(scores: torch.FloatTensor, do_sample: bool, generator: torch.Generator | None) -> torch.LongTensor:
-    """One token per row (B,) from scores (B, V): the best, or a draw from their softmax."""
-    if not do_sample:
-        return scores.argmax(dim=-1)
-    return torch.multinomial(scores.softmax(dim=-1), 1, generator=generator).squeeze(1)
-
-
-def positions(attention_mask: torch.Tensor) -> torch.LongTensor:
-    """Position ids (B, T) that count only what is attended to."""
-    return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
-
-
 class UniTokGenerationMixin:
     """`generate` and `decode_mixed_tokens` for a model with `model.language_model`, `lm_head` and `vocabulary`."""
 
@@ -181,6 +66,9 @@ class UniTokGenerationMixin:
         image_temperature: float | None = None,
         image_top_k: int | None = None,
         image_top_p: float | None = None,
+        guidance_interval: tuple[int, int] | None = None,
+        compile_step: str | None = None,
+        num_candidates: int | None = None,
         generator: torch.Generator | None = None,
         generation_config: GenerationConfig | None = None,
         logits_processor: LogitsProcessorList | None = None,
@@ -198,19 +86,28 @@ class UniTokGenerationMixin:
             guidance_scale: how far to push image tokens away from the unconditional branch; 1 or None for none.
             image_temperature, image_top_k, image_top_p: sampling inside images; `temperature`, `top_k`, `top_p` rule the
                 text. Each falls back to the generation config, then to plain sampling.
+            guidance_interval: guide only the codes [first, last) of each image; after `last` the unconditional branch
+                is not computed. All codes when not given, here or in the generation config.
+            compile_step: "trace", or a backend of `torch.compile`, to run the model's step with, see `compiled_unitok`;
+                compiled at the first call, and anew for other batch sizes and, in steps of 32, other lengths.
+            num_candidates: in "image" mode, draw so many pictures per prompt and keep the best `num_return_sequences` of
+                them, after which the model finds the prompt likeliest, best first; see `scoring_unitok`.
             generator: source of randomness; the global one when not given.
             generation_config, logits_processor, streamer, **kwargs: as `GenerationMixin.generate`; when neither
                 `max_new_tokens` nor `max_length` is given, one image and 64 tokens of text fit.
 
         Returns:
             "image": visual token ids (B · num_return_sequences, h·w), for `decode_image_tokens`; with
-                `return_dict_in_generate`, the output of which they are the `sequences`.
+                `return_dict_in_generate`, the output of which they are the `sequences`; with `num_candidates` that is a
+                `UniTokCandidates`.
             other modes: what `GenerationMixin.generate` returns, prompts included, placeholders filled.
 
         Raises:
             ValueError: an unknown mode; a prompt that is empty, padded on the right or ill formed; images that do not fit
-                the placeholders; fewer tokens to come than the image that is begun or asked for needs; guidance or a
-                generator with beams, an assistant, hidden states or attentions.
+                the placeholders; fewer tokens to come than the image that is begun or asked for needs; guidance, a
+                generator or a compiled step with beams, an assistant, hidden states or attentions, or with another
+                cache than one of keys and values that grows; an interval that is none; candidates in another mode,
+                fewer than are to be returned, without sampling, or for a prompt without text.
         """
         if generation_config is not None and generation_config.is_assistant:  # the grammar is among its processors
             return super().generate(
@@ -222,40 +119,36 @@ class UniTokGenerationMixin:
             )
         if generation_mode not in GENERATION_MODES:
             raise ValueError(f"generation_mode must be one of {', '.join(GENERATION_MODES)}, got {generation_mode!r}")
-        if input_ids is None or input_ids.numel() == 0:
-            raise ValueError("the prompt is empty; the processor gives at least a bos token")
-        if input_ids.ndim != 2:
-            raise ValueError(f"input_ids must have shape (B, L), got {tuple(input_ids.shape)}")
-        config, model_kwargs = self._prepare_generation_config(generation_config, **kwargs)
-        defaults = config.to_dict()
-        image_options = {
-            name: given if given is not None else defaults.get(name)
-            for name, given in zip(IMAGE_OPTIONS, (image_temperature, image_top_k, image_top_p), strict=True)
-        }
-        scale = config.guidance_scale if guidance_scale is None else guidance_scale
-        scale = 1.0 if scale is None else float(scale)
-        config.guidance_scale = 1.0  # what transformers would do with it is done here
-        if not 0 <= scale < float("inf"):
-            raise ValueError(f"guidance_scale must be a number from 0 on, got {scale:g}")
-        beams = config.num_beams > 1 or kwargs.get("assistant_model") is not None
-        own_loop = scale != 1.0 or generator is not None
-        if own_loop and (beams or config.output_hidden_states or config.output_attentions):
-            raise ValueError(
-                "guidance_scale and generator need greedy search or sampling, not beams or an assistant, and give no "
-                "hidden states or attentions"
+        if num_candidates is not None:
+            return self._best_of(
+                num_candidates,
+                input_ids,
+                attention_mask,
+                pixel_values,
+                image_codes,
+                generation_mode,
+                generation_config,
+                streamer,
+                guidance_scale=guidance_scale,
+                image_temperature=image_temperature,
+                image_top_k=image_top_k,
+                image_top_p=image_top_p,
+                guidance_interval=guidance_interval,
+                compile_step=compile_step,
+                generator=generator,
+                logits_processor=logits_processor,
+                **kwargs,
             )
-
-        input_ids = input_ids.to(self.device)
-        if attention_mask is None:
-            attention_mask = (input_ids != self.config.pad_token_id).long()
-        attention_mask = attention_mask.to(self.device)
-        if attention_mask.shape != input_ids.shape:
-            raise ValueError(f"attention_mask is {tuple(attention_mask.shape)}, input_ids {tuple(input_ids.shape)}")
-        if (attention_mask[:, -1] == 0).any():
-            row = int((attention_mask[:, -1] == 0).nonzero()[0])
-            raise ValueError(f"row {row} of the prompt is padded on the right; generation needs padding on the left")
-        input_ids = self.fill_images(input_ids, pixel_values, image_codes)
-        self._require_streams(input_ids)
+        config, model_kwargs = self._prepare_generation_config(generation_config, **kwargs)
+        image_options = (image_temperature, image_top_k, image_top_p, guidance_interval)
+        drawing = self._drawing(config, guidance_scale, image_options, compile_step, generator)
+        own_loop = self._own_loop(config, kwargs)
+        if not own_loop and drawing.needs_own_loop:
+            raise ValueError(
+                "guidance_scale, generator and compile_step need greedy search or sampling, not beams or an assistant, "
+                "give no hidden states or attentions, and need a cache of keys and values that grows"
+            )
+        input_ids, attention_mask = self._checked(input_ids, attention_mask, pixel_values, image_codes)
         stored = self.generation_config if generation_config is None else generation_config
         if config.max_new_tokens is not None:
             room = config.max_new_tokens
@@ -264,19 +157,11 @@ class UniTokGenerationMixin:
         else:
             room = self.vocabulary.tokens_per_image + 64
         self._require_room(generation_mode, input_ids, room)
-        image_warpers = warpers(*image_options.values()) if config.do_sample else LogitsProcessorList()
 
         if generation_mode == "image":
             input_ids, attention_mask = self._begin_images(input_ids, attention_mask)
-            if kwargs.keys() <= LOOP_ARGUMENTS and not beams and not logits_processor and streamer is None:
-                return self._draw(
-                    input_ids.repeat_interleave(config.num_return_sequences, dim=0),
-                    attention_mask.repeat_interleave(config.num_return_sequences, dim=0),
-                    scale,
-                    image_warpers,
-                    config.do_sample,
-                    generator,
-                )
+            if own_loop and kwargs.keys() <= LOOP_ARGUMENTS and not logits_processor and streamer is None:
+                return draw_images(self, input_ids, attention_mask, drawing, config.num_return_sequences)
             room = int(self.vocabulary.codes_per_image - image_progress(input_ids, self.vocabulary).min()) + 1
             config.eos_token_id = self.vocabulary.image_end
         config.max_new_tokens, config.max_length, config.min_length = room, None, config.min_length or None
@@ -301,9 +186,9 @@ class UniTokGenerationMixin:
         )
         processors = LogitsProcessorList([*(logits_processor or []), grammar])
         if config.do_sample:
-            processors.append(PerModality(self.vocabulary, image_warpers, text_warpers))
+            processors.append(PerModality(self.vocabulary, drawing.warpers, text_warpers))
         if own_loop:
-            model_kwargs["custom_generate"] = partial(_decode, scale=scale, generator=generator, stream_to=streamer)
+            model_kwargs["custom_generate"] = partial(decode, drawing=drawing, stream_to=streamer)
         for name in ("output_hidden_states", "output_attentions"):  # config has them too
             model_kwargs.pop(name, None)
         output = super().generate(
@@ -321,6 +206,143 @@ class UniTokGenerationMixin:
         output.sequences = self._last_images(output.sequences)
         return output
 
+    @torch.no_grad()
+    def complete_image(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_codes: torch.LongTensor | None = None,
+        keep: int | torch.BoolTensor = 0,
+        guidance_scale: float | None = None,
+        image_temperature: float | None = None,
+        image_top_k: int | None = None,
+        image_top_p: float | None = None,
+        guidance_interval: tuple[int, int] | None = None,
+        compile_step: str | None = None,
+        generator: torch.Generator | None = None,
+        generation_config: GenerationConfig | None = None,
+        **kwargs,
+    ) -> torch.LongTensor:
+        """Draw the rest of pictures of which a part is given.
+
+        With a mask this is an approximation of inpainting: codes are drawn row by row, and each is chosen from what comes
+        before it. The codes that are kept further on are put in their places, but the model has not seen them when it
+        draws towards them.
+
+        Args:
+            input_ids, attention_mask: (B, L), what the pictures show; images in it are filled, see `fill_images`.
+            pixel_values, image_codes: the B pictures, (B, 3, H, W) in [-1, 1], or their codes (B, h, w) or (B, h·w).
+            keep: the first so many codes (k rows of them are k · w), or which of them: (h, w), (B, h, w) or (B, h·w).
+            guidance_scale, image_temperature, image_top_k, image_top_p, guidance_interval, compile_step, generator,
+                generation_config: as `generate` has them.
+            **kwargs: `do_sample` and `num_return_sequences`.
+
+        Returns:
+            visual token ids (B · num_return_sequences, h·w), for `decode_image_tokens`; those that are kept are unchanged.
+
+        Raises:
+            ValueError: not as many pictures as prompts, both pixels and codes or neither, a number or a mask that does
+                not fit the grid, an argument that has no meaning here; and what `generate` raises.
+        """
+        n, grid = self.vocabulary.codes_per_image, self.vocabulary.grid
+        if (pixel_values is None) == (image_codes is None):
+            raise ValueError("complete_image needs the pictures: pass pixel_values or image_codes, and not both")
+        input_ids, attention_mask = self._checked(input_ids, attention_mask)
+        inside = image_progress(input_ids, self.vocabulary) > 0
+        if inside.any():
+            raise ValueError(
+                f"row {int(inside.nonzero()[0])} of the prompt ends inside an image; complete_image gets it as codes"
+            )
+        rows = len(input_ids)
+        placeholders = input_ids.new_full((rows, n), self.config.image_token_id)
+        pictures = self.fill_images(placeholders, pixel_values, image_codes)  # (B, n)
+        if isinstance(keep, torch.Tensor):
+            mask = keep.to(self.device)
+            if mask.dtype != torch.bool or tuple(mask.shape) not in (grid, (rows, *grid), (rows, n)):
+                raise ValueError(
+                    f"keep must be a number, or a boolean mask of shape {grid}, {(rows, *grid)} or {(rows, n)}, "
+                    f"got {mask.dtype} {tuple(mask.shape)}"
+                )
+            mask = mask.reshape(-1, n).expand(rows, n)
+        elif 0 <= keep <= n:
+            mask = (torch.arange(n, device=self.device) < keep).expand(rows, n)
+        else:
+            raise ValueError(f"keep must be a number of codes from 0 to {n}, got {keep}")
+        config, _ = self._prepare_generation_config(generation_config, **kwargs)
+        image_options = (image_temperature, image_top_k, image_top_p, guidance_interval)
+        drawing = self._drawing(config, guidance_scale, image_options, compile_step, generator)
+        if not kwargs.keys() <= LOOP_ARGUMENTS or not self._own_loop(config, kwargs):
+            unknown = sorted(kwargs.keys() - LOOP_ARGUMENTS) or ["num_beams"]
+            raise ValueError(f"complete_image draws by greedy search or sampling; it cannot use {', '.join(unknown)}")
+        input_ids, attention_mask = self._begin_images(input_ids, attention_mask)
+        given = int(mask.long().cumprod(dim=1).sum(dim=1).min())  # codes that are kept before the first that is not
+        input_ids = torch.cat([input_ids, pictures[:, :given]], dim=1)
+        attention_mask = nn.functional.pad(attention_mask, (0, given), value=1)
+        kept = pictures.where(mask, -1).repeat_interleave(config.num_return_sequences, dim=0)
+        return draw_images(self, input_ids, attention_mask, drawing, config.num_return_sequences, kept)
+
+    def _drawing(
+        self, config: GenerationConfig, scale: float | None, image_options: tuple, compile_step, generator
+    ) -> Drawing:
+        """How codes are chosen, from the arguments of `generate` and, where they are none, from the generation config."""
+        defaults = config.to_dict()
+        *options, interval = (
+            value if value is not None else defaults.get(name)
+            for name, value in zip(IMAGE_OPTIONS, image_options, strict=True)
+        )
+        scale = config.guidance_scale if scale is None else scale
+        scale = 1.0 if scale is None else float(scale)
+        config.guidance_scale = 1.0  # what transformers would do with it is done here
+        if not 0 <= scale < float("inf"):
+            raise ValueError(f"guidance_scale must be a number from 0 on, got {scale:g}")
+        n = self.vocabulary.codes_per_image
+        first, last = (0, n) if interval is None else interval
+        if not 0 <= first <= last <= n:
+            raise ValueError(f"guidance_interval must be two numbers from 0 to {n} in order, got {first} and {last}")
+        image_warpers = warpers(*options) if config.do_sample else LogitsProcessorList()
+        return Drawing(scale, (first, last), image_warpers, config.do_sample, generator, compile_step)
+
+    def _checked(
+        self,
+        input_ids: torch.LongTensor | None,
+        attention_mask: torch.Tensor | None,
+        pixel_values: torch.Tensor | None = None,
+        image_codes: torch.LongTensor | None = None,
+    ) -> tuple[torch.LongTensor, torch.Tensor]:
+        """Prompts (B, L) on the model's device with their images filled, and their mask; raises what `generate` says."""
+        if input_ids is None or input_ids.numel() == 0:
+            raise ValueError("the prompt is empty; the processor gives at least a bos token")
+        if input_ids.ndim != 2:
+            raise ValueError(f"input_ids must have shape (B, L), got {tuple(input_ids.shape)}")
+        input_ids = input_ids.to(self.device)
+        if attention_mask is None:
+            attention_mask = (input_ids != self.config.pad_token_id).long()
+        attention_mask = attention_mask.to(self.device)
+        if attention_mask.shape != input_ids.shape:
+            raise ValueError(f"attention_mask is {tuple(attention_mask.shape)}, input_ids {tuple(input_ids.shape)}")
+        if (attention_mask == 0).all(dim=1).any():
+            raise ValueError(f"row {int((attention_mask == 0).all(dim=1).nonzero()[0])} of the prompt is empty")
+        if (attention_mask[:, -1] == 0).any():
+            row = int((attention_mask[:, -1] == 0).nonzero()[0])
+            raise ValueError(f"row {row} of the prompt is padded on the right; generation needs padding on the left")
+        input_ids = self.fill_images(input_ids, pixel_values, image_codes)
+        self._require_streams(input_ids)
+        return input_ids, attention_mask
+
+    def _own_loop(self, config: GenerationConfig, kwargs: dict) -> bool:
+        """Whether `decode` can do what is asked for."""
+        given = kwargs.get("past_key_values")
+        empty = DynamicCache(config=self.config.text_config)
+        return (
+            config.get_generation_mode(kwargs.get("assistant_model"))
+            in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+            and not (config.output_hidden_states or config.output_attentions)
+            and config.cache_implementation is None
+            and (given is None or is_plain(given))
+            and is_plain(empty)
+        )
+
     def _begin_images(
         self, input_ids: torch.LongTensor, attention_mask: torch.Tensor
     ) -> tuple[torch.LongTensor, torch.Tensor]:
@@ -335,11 +357,12 @@ class UniTokGenerationMixin:
         mask = torch.where(outside, torch.cat([attention_mask, one], dim=1), torch.cat([zero, attention_mask], dim=1))
         return begun, mask
 
-    def _require_streams(self, input_ids: torch.LongTensor) -> None:
-        """Raises ValueError unless every row is a well-formed stream, which may end inside an image."""
+    def _require_streams(self, input_ids: torch.LongTensor, ends: list[int] | None = None) -> None:
+        """Raises ValueError unless every row, up to its end, is a well-formed stream, which may end inside an image."""
         self._require_known(input_ids)
         n = self.vocabulary.codes_per_image
         for number, row in enumerate(input_ids):
+            row = row if ends is None else row[: ends[number]]
             for segment in self._segments(row):
                 begun = segment.ids[0] == self.vocabulary.image_start and segment.span[1] == len(row)
                 open_ended = begun and segment.ids[-1] != self.vocabulary.image_end and len(segment.ids) <= n + 1
@@ -368,75 +391,6 @@ class UniTokGenerationMixin:
                 f"row {row} of the prompt needs {int(needed[row])} more tokens, but only {room} may be generated; "
                 "raise or leave out max_new_tokens or max_length"
             )
-
-    def _unconditional(
-        self, input_ids: torch.LongTensor, attention_mask: torch.Tensor
-    ) -> tuple[torch.LongTensor, torch.Tensor]:
-        """Ids and mask, as long as those given, of a context that is only `bos <|uncond|>` and the image begun, if any.
-
-        Args:
-            input_ids, attention_mask: (B, T), with at least two columns of room before the last image_start.
-        """
-        column = torch.arange(input_ids.shape[1], device=input_ids.device)
-        begun = (image_progress(input_ids, self.vocabulary) + 1)[:, None]  # ids of the image so far, 0 outside
-        first = input_ids.shape[1] - begun  # column where the image starts, or T
-        ids = torch.where(column >= first, input_ids, self.config.pad_token_id)
-        ids = torch.where(column == first - 2, self.config.bos_token_id, ids)
-        ids = torch.where(column == first - 1, self.config.uncond_token_id, ids)
-        return ids, (column >= first - 2).to(attention_mask.dtype)
-
-    def _draw(
-        self,
-        input_ids: torch.LongTensor,
-        attention_mask: torch.Tensor,
-        scale: float,
-        image_warpers: LogitsProcessorList,
-        do_sample: bool,
-        generator: torch.Generator | None,
-    ) -> torch.LongTensor:
-        """Finish the image each row ends in; returns its visual ids (B, n), those of the prompt included."""
-        rows, n = input_ids.shape[0], self.vocabulary.codes_per_image
-        drawn = image_progress(input_ids, self.vocabulary)  # (B,)
-        ids = torch.zeros(rows, n, dtype=torch.int64, device=input_ids.device)
-        known = torch.arange(n, device=input_ids.device) < drawn[:, None]
-        tail = input_ids.shape[1] - drawn[:, None] + torch.arange(n, device=input_ids.device)
-        ids = torch.where(known, input_ids.gather(1, tail.clamp(max=input_ids.shape[1] - 1)), ids)
-        steps = int(n - drawn.min())
-        if steps == 0:
-            return ids
-
-        guided = scale != 1.0
-        if guided:
-            input_ids = nn.functional.pad(input_ids, (2, 0), value=self.config.pad_token_id)
-            attention_mask = nn.functional.pad(attention_mask, (2, 0), value=0)
-            uncond_ids, uncond_mask = self._unconditional(input_ids, attention_mask)
-            input_ids = torch.cat([input_ids, uncond_ids])
-            attention_mask = torch.cat([attention_mask, uncond_mask])
-        length = input_ids.shape[1]
-        mask = nn.functional.pad(attention_mask, (0, steps), value=1)  # (B or 2B, L + steps)
-        position_ids = positions(mask)
-        head = self.lm_head.weight[self.vocabulary.offset :]  # (K, D)
-        cache = DynamicCache(config=self.config.text_config)
-        for step in range(steps):
-            seen = slice(0, length) if step == 0 else slice(length + step - 1, length + step)
-            hidden = self.model.language_model(
-                input_ids=input_ids,
-                attention_mask=mask[:, : length + step],
-                position_ids=position_ids[:, seen],
-                past_key_values=cache,
-                use_cache=True,
-            ).last_hidden_state[:, -1]
-            scores = self.softcap(nn.functional.linear(hidden, head)).float()  # (B or 2B, K)
-            if guided:
-                cond, uncond = scores.chunk(2)
-                scores = uncond + scale * (cond - uncond)
-            chosen = select(image_warpers(None, scores), do_sample, generator) + self.vocabulary.offset  # (B,)
-            # a row that began with more codes than another is done early; what it goes on to draw is dropped
-            where = (drawn + step).clamp(max=n - 1)[:, None]
-            unfinished = (drawn + step < n)[:, None]
-            ids = torch.where(unfinished, ids.scatter(1, where, chosen[:, None]), ids)
-            input_ids = chosen.repeat(2 if guided else 1)[:, None]
-        return ids
 
     def _last_images(self, ids: torch.LongTensor) -> torch.LongTensor:
         """Visual ids (B, n) of the last image of each row (B, T)."""
@@ -538,89 +492,4 @@ def _broken(row: int, segment: Segment, n: int, advice: str) -> ValueError:
     return ValueError(
         f"row {row}, positions {begin} to {end}: not an image of {n} codes between image_start and image_end: "
         f"{segment.ids[:8].tolist()}{'…' if len(segment.ids) > 8 else ''}; {advice}"
-    )
-
-
-@torch.no_grad()
-def _decode(
-    model,
-    input_ids: torch.LongTensor,
-    logits_processor: LogitsProcessorList,
-    stopping_criteria,
-    generation_config: GenerationConfig,
-    scale: float,
-    generator: torch.Generator | None,
-    stream_to,
-    **model_kwargs,
-) -> torch.LongTensor | GenerateDecoderOnlyOutput:
-    """Greedy search or sampling with guidance inside images or a generator; the `custom_generate` of our `generate`.
-
-    The unconditional branch of a row is kept in step with it: it attends to its own two tokens `bos <|uncond|>` and to
-    the image being drawn, and every other column is a hole in its attention mask.
-    """
-    guided = scale != 1.0
-    attention_mask = model_kwargs["attention_mask"]  # None where nothing is padded
-    if attention_mask is None:
-        attention_mask = torch.ones_like(input_ids)
-    cache = model_kwargs.get("past_key_values")
-    if guided and cache is not None and cache.get_seq_length() > 0:
-        raise ValueError("guidance needs a fresh cache: the cached prompt has no unconditional branch")
-    if guided or cache is None:  # a cache made by transformers has no room for a second branch
-        cache = DynamicCache(config=model.config.text_config)
-    feed, mask = input_ids[:, cache.get_seq_length() :], attention_mask
-    if guided:
-        feed = nn.functional.pad(input_ids, (2, 0), value=model.config.pad_token_id)
-        mask = nn.functional.pad(attention_mask, (2, 0), value=0)
-        uncond_ids, uncond_mask = model._unconditional(feed, mask)
-        prefix = (uncond_mask.cumsum(dim=1) <= 2).to(mask.dtype) * uncond_mask  # bos <|uncond|> of each row
-        feed, mask = torch.cat([feed, uncond_ids]), torch.cat([mask, uncond_mask])
-    unfinished = torch.ones(len(input_ids), dtype=torch.int64, device=input_ids.device)
-    kept_scores, kept_logits = [], []
-    while True:
-        outputs = model(
-            input_ids=feed,
-            attention_mask=mask,
-            position_ids=positions(mask)[:, -feed.shape[1] :],
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        logits = outputs.logits[:, -1].float()
-        if guided:
-            cond, uncond = logits.chunk(2)
-            drawn = image_progress(input_ids, model.vocabulary)
-            inside = (drawn >= 0) & (drawn < model.vocabulary.codes_per_image)
-            logits = torch.where(inside[:, None], uncond + scale * (cond - uncond), cond)
-        scores = logits_processor(input_ids, logits)
-        chosen = select(scores, generation_config.do_sample, generator)
-        chosen = torch.where(unfinished.bool(), chosen, model.config.pad_token_id)
-        kept_logits += [logits] if generation_config.output_logits else []
-        kept_scores += [scores] if generation_config.output_scores else []
-        input_ids = torch.cat([input_ids, chosen[:, None]], dim=1)
-        if stream_to is not None:
-            stream_to.put(chosen.cpu())
-        unfinished = unfinished & ~stopping_criteria(input_ids, None)
-        if unfinished.max() == 0:
-            break
-        feed = chosen[:, None]
-        column = torch.ones_like(feed, dtype=mask.dtype)
-        if guided:
-            cond_mask, uncond_mask = mask.chunk(2)
-            drawing = (image_progress(input_ids, model.vocabulary) >= 0)[:, None]
-            uncond_mask = torch.where(drawing, uncond_mask, prefix)
-            prefix = nn.functional.pad(prefix, (0, 1), value=0)
-            uncond_mask = torch.cat([uncond_mask, drawing.to(mask.dtype)], dim=1)
-            mask = torch.cat([torch.cat([cond_mask, column], dim=1), uncond_mask])
-            feed = feed.repeat(2, 1)
-        else:
-            mask = torch.cat([mask, column], dim=1)
-    if stream_to is not None:
-        stream_to.end()
-    if not generation_config.return_dict_in_generate:
-        return input_ids
-    return GenerateDecoderOnlyOutput(
-        sequences=input_ids,
-        scores=tuple(kept_scores) or None,
-        logits=tuple(kept_logits) or None,
-        past_key_values=cache,
     )

@@ -18,7 +18,6 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModel, Cache, GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
 from transformers import initialization as init
@@ -28,7 +27,9 @@ from transformers.modeling_utils import slice_logits_to_keep
 from ..configuration.configuration_unitok import SPECIAL_TOKENS, UniTokConfig
 from ..configuration.vocabulary_unitok import VisualVocabulary
 from .generation_unitok import UniTokGenerationMixin
+from .loss_unitok import sliced_cross_entropy
 from .modeling_vq import UniTokVQModel
+from .scoring_unitok import UniTokScoringMixin
 
 
 SPARE_ROWS = 32  # at least so many text rows are left for tokens added later
@@ -43,7 +44,7 @@ class UniTokOutput(ModelOutput):
             that is not given).
         text_loss, image_loss: scalars without gradient, mean negative log-likelihood in nats per labelled text token and
             per labelled image token; 0 where there are none.
-        logits: (B, T, V), or the last `logits_to_keep` positions.
+        logits: (B, T, V), or the last `logits_to_keep` positions; None when they were skipped.
         past_key_values: the cache.
     """
 
@@ -64,9 +65,10 @@ class UniTokPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ["NanoChatDecoderLayer", "UniTokVQModel"]
+    _no_split_modules = ["NanoChatDecoderLayer", "FrozenVQModel"]
     _skip_keys_device_placement = ["past_key_values"]
     _keep_in_fp32_modules_strict = ["vqmodel"]
+    _keep_in_fp32_modules = [r"(?:model\.)?vqmodel"]  # what quantizers leave alone, by names from the root on
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -124,14 +126,36 @@ class UniTokPreTrainedModel(PreTrainedModel):
         return embeddings
 
 
+class FrozenVQModel(UniTokVQModel):
+    """The image tokenizer inside a model: whatever is done to the rest, it stays as it was trained.
+
+    It is not trained, stays in evaluation mode, and stays fp32 under `.to(dtype)`, `.half()` and the like, because in half
+    precision pictures get other codes.
+    """
+
+    def train(self, mode: bool = True):
+        """Evaluation mode, always."""
+        return super().train(False)
+
+    def _apply(self, fn, recurse: bool = True):
+        def in_full(tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor)
+            if not tensor.is_floating_point() or moved.dtype == torch.float32:
+                return moved
+            source = tensor if tensor.dtype == torch.float32 else moved  # not what was rounded on the way
+            return source.to(moved.device, torch.float32)
+
+        return super()._apply(in_full, recurse)
+
+
 class UniTokModel(UniTokPreTrainedModel):
     """The language model and the image tokenizer, without the head."""
 
     def __init__(self, config: UniTokConfig):
         super().__init__(config)
         self.language_model = AutoModel.from_config(config.text_config)
-        self.vqmodel = UniTokVQModel(**{"num_vq_embeddings": config.num_visual_tokens, **config.vq_config})
-        self.vqmodel.requires_grad_(False)
+        vq_config = {"num_vq_embeddings": config.num_visual_tokens, **config.vq_config}
+        self.vqmodel = FrozenVQModel(**vq_config).float().requires_grad_(False).eval()
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -140,18 +164,14 @@ class UniTokModel(UniTokPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.language_model.set_input_embeddings(value)
 
-    def train(self, mode: bool = True):
-        """As usual, but the image tokenizer stays in evaluation mode: it is frozen."""
-        super().train(mode)
-        self.vqmodel.eval()
-        return self
-
     def forward(self, input_ids: torch.LongTensor | None = None, **kwargs) -> BaseModelOutputWithPast:
         """Hidden states (B, T, D) of token ids (B, T) in which no placeholder is left; arguments as the text model's."""
         return self.language_model(input_ids=input_ids, **kwargs)
 
 
-class UniTokForConditionalGeneration(UniTokPreTrainedModel, UniTokGenerationMixin, GenerationMixin):
+class UniTokForConditionalGeneration(
+    UniTokPreTrainedModel, UniTokGenerationMixin, UniTokScoringMixin, GenerationMixin
+):
     """The model that reads and draws images with next-token prediction.
 
     Example:
@@ -207,7 +227,7 @@ class UniTokForConditionalGeneration(UniTokPreTrainedModel, UniTokGenerationMixi
             num_visual_tokens=vq_model.config.num_vq_embeddings,
             image_grid=vq_model.grid(vq_model.config.sample_size, vq_model.config.sample_size),
             tie_word_embeddings=text_model.config.tie_word_embeddings,
-            **special,
+            **special | {"eos_token_id": cls._ends(text_model, tokenizer)},
         )
         model = cls._from_config(config, dtype=text_model.dtype).to(text_model.device)
         tied = config.tie_word_embeddings
@@ -219,11 +239,11 @@ class UniTokForConditionalGeneration(UniTokPreTrainedModel, UniTokGenerationMixi
         backbone = text_model.base_model
         weights = backbone.state_dict() | {f"{embedding_name(backbone)}.weight": model.get_input_embeddings().weight}
         model.model.language_model.load_state_dict(weights)
-        model.model.vqmodel.float().load_state_dict(vq_model.state_dict())
+        model.model.vqmodel.load_state_dict(vq_model.state_dict())
         model.generation_config = copy.deepcopy(text_model.generation_config)
         model.generation_config._from_model_config = False
         model.generation_config.update(
-            **{name: special[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+            bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
         )
         model.eval()
         words = [token for token in range(rows) if token not in special.values()][:16]
@@ -241,6 +261,15 @@ class UniTokForConditionalGeneration(UniTokPreTrainedModel, UniTokGenerationMixi
             )
         return model
 
+    @staticmethod
+    def _ends(text_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | list[int]:
+        """Ids that end a text: the tokenizer's, or, where the text model has several and it among them, all of these."""
+        for owner in (text_model.generation_config, text_model.config):
+            ends = owner.eos_token_id
+            if isinstance(ends, list) and tokenizer.eos_token_id in ends:
+                return list(ends)
+        return tokenizer.eos_token_id
+
     def get_input_embeddings(self) -> nn.Module:
         return self.model.get_input_embeddings()
 
@@ -257,15 +286,9 @@ class UniTokForConditionalGeneration(UniTokPreTrainedModel, UniTokGenerationMixi
         """Visual token ids (M, h·w), row by row, of pictures (M, 3, H, W) in [-1, 1].
 
         Raises:
-            ValueError: pictures of another size than the model's grid, values outside [-1, 1], or an image tokenizer that
-                is no longer fp32.
+            ValueError: pictures of another size than the model's grid, or values outside [-1, 1].
         """
-        if self.model.vqmodel.dtype != torch.float32:
-            raise ValueError(
-                f"the image tokenizer was cast to {self.model.vqmodel.dtype}, in which pictures get other codes; "
-                "choose the type while loading, from_pretrained(…, dtype=…), which leaves the tokenizer as it is"
-            )
-        codes = self.model.vqmodel.encode_to_indices(pixel_values)
+        codes = self.model.vqmodel.encode_to_indices(pixel_values.to(self.model.vqmodel.device))
         if tuple(codes.shape[1:]) != self.vocabulary.grid:
             side = self.model.vqmodel.downsampling
             rows, columns = self.vocabulary.grid
@@ -273,7 +296,7 @@ class UniTokForConditionalGeneration(UniTokPreTrainedModel, UniTokGenerationMixi
                 f"the model reads pictures of {rows * side}x{columns * side} pixels, "
                 f"got {pixel_values.shape[-2]}x{pixel_values.shape[-1]}"
             )
-        return self.vocabulary.to_ids(codes.flatten(1))
+        return self.vocabulary.to_ids(codes.flatten(1)).to(pixel_values.device)
 
     def decode_image_tokens(self, image_tokens: torch.LongTensor) -> torch.Tensor:
         """Pictures (M, 3, H, W) in [-1, 1] of visual token ids (M, h·w).
@@ -284,7 +307,7 @@ class UniTokForConditionalGeneration(UniTokPreTrainedModel, UniTokGenerationMixi
         rows, columns = self.vocabulary.grid
         if image_tokens.ndim != 2 or image_tokens.shape[1] != rows * columns:
             raise ValueError(f"an image is {rows * columns} tokens, got ids of shape {tuple(image_tokens.shape)}")
-        codes = self.vocabulary.to_codes(image_tokens).unflatten(1, (rows, columns))
+        codes = self.vocabulary.to_codes(image_tokens).unflatten(1, (rows, columns)).to(self.model.vqmodel.device)
         with torch.no_grad():
             return self.model.vqmodel.decode_from_indices(codes).sample.clamp(-1, 1)
 
@@ -302,8 +325,9 @@ class UniTokForConditionalGeneration(UniTokPreTrainedModel, UniTokGenerationMixi
             image_codes: (M, h·w) or (M, h, w) integers, in place of pixels.
 
         Raises:
-            ValueError: both pixels and codes; codes that are no images of h·w integers; or a number of images that
-                differs from the placeholders, of which every row must have those of whole images.
+            ValueError: both pixels and codes; codes that are no images of h·w integers; a number of images that differs
+                from the placeholders, of which every row must have those of whole images; or an image whose placeholders
+                do not stand together.
         """
         placeholders = input_ids == self.config.image_token_id
         n = self.vocabulary.codes_per_image
@@ -326,7 +350,21 @@ class UniTokForConditionalGeneration(UniTokPreTrainedModel, UniTokGenerationMixi
                 f"{len(tokens)} images are {tokens.numel()} tokens, but the rows of input_ids have {counts.tolist()} "
                 f"placeholders (id {self.config.image_token_id}); each image needs {n}"
             )
-        return input_ids.masked_scatter(placeholders, tokens)
+        if len(tokens):
+            self._require_together(placeholders)
+        return input_ids.masked_scatter(placeholders, tokens.to(input_ids.device))
+
+    def _require_together(self, placeholders: torch.BoolTensor) -> None:
+        """Raises ValueError unless placeholders (B, T), row by row those of whole images, stand h·w together."""
+        n = self.vocabulary.codes_per_image
+        columns = placeholders.nonzero()[:, 1].view(-1, n)  # (images, n)
+        apart = (columns - columns[:, :1] != torch.arange(n, device=columns.device)).any(dim=1)
+        if apart.any():
+            row, position = placeholders.nonzero()[int(apart.nonzero()[0]) * n].tolist()
+            raise ValueError(
+                f"row {row}, position {position}: the {n} placeholders of an image (id {self.config.image_token_id}) "
+                "do not stand together"
+            )
 
     def softcap(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits as the text model has them, squashed into (-c, c) when its configuration names such a c."""
@@ -334,13 +372,15 @@ class UniTokForConditionalGeneration(UniTokPreTrainedModel, UniTokGenerationMixi
         return logits if cap is None else cap * torch.tanh(logits.float() / cap)
 
     def token_losses(
-        self, logits: torch.Tensor, labels: torch.LongTensor, num_items_in_batch: torch.Tensor | int | None
+        self, hidden: torch.Tensor, labels: torch.LongTensor, num_items_in_batch: torch.Tensor | int | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Loss, mean text loss and mean image loss of logits (B, T, V) and unshifted labels (B, T)."""
-        targets = labels[:, 1:]
+        """Loss, mean text loss and mean image loss of hidden states (B, T, D) and unshifted labels (B, T)."""
+        targets = labels[:, 1:].to(hidden.device)
         labelled = targets != -100
-        targets = targets[labelled].to(logits.device)  # (N,)
-        nll = F.cross_entropy(logits[:, :-1][labelled].float(), targets, reduction="none")
+        targets = targets[labelled]  # (N,)
+        nll = sliced_cross_entropy(
+            hidden[:, :-1][labelled], targets, lambda rows: self.softcap(self.lm_head(rows)), self.config.vocab_size
+        )
         visual = self.vocabulary.is_visual(targets)
         weights = torch.where(visual, self.config.image_loss_weight, self.config.text_loss_weight)
         items = len(targets) if num_items_in_batch is None else num_items_in_batch
@@ -361,6 +401,7 @@ class UniTokForConditionalGeneration(UniTokPreTrainedModel, UniTokGenerationMixi
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
+        skip_logits: bool | None = None,
         **kwargs,
     ) -> UniTokOutput:
         """Logits, and the loss when labels are given.
@@ -372,6 +413,7 @@ class UniTokForConditionalGeneration(UniTokPreTrainedModel, UniTokGenerationMixi
             labels: (B, T), token ids or placeholders where `input_ids` has them; -100 is ignored. Shifted inside.
             num_items_in_batch: labelled tokens over all accumulated batches and processes; the loss is divided by it.
             logits_to_keep: compute logits for the last so many positions only; 0 for all.
+            skip_logits: return None for the logits, which the loss does not need. Default: in training with labels.
 
         Raises:
             ValueError: see `fill_images`; images without `input_ids`; or a placeholder is left where no image came.
@@ -395,11 +437,12 @@ class UniTokForConditionalGeneration(UniTokPreTrainedModel, UniTokGenerationMixi
             use_cache=use_cache,
             **kwargs,
         )
-        hidden = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
-        logits = self.softcap(self.lm_head(hidden))  # (B, T, V)
-        loss = text_loss = image_loss = None
+        loss = text_loss = image_loss = logits = None
         if labels is not None:
-            loss, text_loss, image_loss = self.token_losses(logits, labels, num_items_in_batch)
+            loss, text_loss, image_loss = self.token_losses(outputs.last_hidden_state, labels, num_items_in_batch)
+        if not (self.training and labels is not None if skip_logits is None else skip_logits):
+            hidden = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
+            logits = self.softcap(self.lm_head(hidden))  # (B, T, V)
         return UniTokOutput(
             loss=loss,
             text_loss=text_loss,

@@ -10,14 +10,17 @@ import pytest
 import torch
 from transformers import (
     AutoModel,
+    Gemma3TextConfig,
     GenerationConfig,
     GPT2Config,
     LogitsProcessor,
     LogitsProcessorList,
+    MistralConfig,
     NanoChatConfig,
 )
 
 from unitok_hf import UniTokConfig, UniTokForConditionalGeneration
+from unitok_hf.modeling_unitok.decoding_unitok import select
 
 
 PAD, BOS, EOS, START, END, PLACEHOLDER, UNCOND = range(7)
@@ -38,7 +41,15 @@ TEXT_CONFIGS = {
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, initializer_range=0.5
     ),
     "learned positions": GPT2Config(n_embd=32, n_layer=2, n_head=2, initializer_range=0.5),
-}
+    "sliding window": MistralConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        initializer_range=0.5, sliding_window=5,
+    ),
+    "windows in some layers": Gemma3TextConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1,
+        head_dim=16, initializer_range=0.5, sliding_window=4, sliding_window_pattern=3,
+    ),
+}  # fmt: skip
 
 
 def tiny(seed: int, text_rows: int = 64, positions: str = "relative positions") -> UniTokForConditionalGeneration:
@@ -59,9 +70,15 @@ def built() -> UniTokForConditionalGeneration:
     return tiny(seed=3)
 
 
-@pytest.fixture(scope="module", params=TEXT_CONFIGS)
+@pytest.fixture(scope="module", params=list(TEXT_CONFIGS)[:2])
 def either(request) -> UniTokForConditionalGeneration:
     """A model that would notice wrong distances between tokens, and one that would notice wrong places."""
+    return tiny(seed=2, positions=request.param)
+
+
+@pytest.fixture(scope="module", params=TEXT_CONFIGS)
+def every(request) -> UniTokForConditionalGeneration:
+    """These two, and two that would notice a token outside their window."""
     return tiny(seed=2, positions=request.param)
 
 
@@ -269,7 +286,9 @@ def test_one_beam_is_greedy_and_more_find_a_likelier_image(model):
 
 
 @torch.no_grad()
-def slow_stream(model, prompt: list[int], new_tokens: int, scale: float, boost: float) -> list[int]:
+def slow_stream(
+    model, prompt: list[int], new_tokens: int, scale: float, boost: float, interval: tuple[int, int] = (0, N)
+) -> list[int]:
     """The greedy stream of one prompt, from its definition: two full forward passes per code, no cache, no padding."""
     ids = list(prompt)
     end = len(prompt) + new_tokens
@@ -281,7 +300,7 @@ def slow_stream(model, prompt: list[int], new_tokens: int, scale: float, boost: 
             ids.append(END)
         elif inside:
             uncond = model(torch.tensor([[BOS, UNCOND, *ids[begun:]]])).logits[0, -1]
-            guided = uncond + scale * (logits - uncond)
+            guided = uncond + scale * (logits - uncond) if len(ids) - begun - 1 in range(*interval) else logits
             ids.append(OFFSET + int(guided[OFFSET:].argmax()))
         else:
             logits[START] = logits[START] + boost if end - len(ids) >= N + 2 else -torch.inf
@@ -291,29 +310,204 @@ def slow_stream(model, prompt: list[int], new_tokens: int, scale: float, boost: 
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.5, 2.0, 5.0])
-def test_guidance_is_what_its_definition_says(either, scale):
-    ids = either.generate(**batch(PROMPTS), generation_mode="image", guidance_scale=scale)
+def test_guidance_is_what_its_definition_says(every, scale):
+    ids = every.generate(**batch(PROMPTS), generation_mode="image", guidance_scale=scale)
     for prompt, row in zip(PROMPTS, ids.tolist(), strict=True):
         inside = letters(prompt).rfind("S") > letters(prompt).rfind("E")
-        stream = slow_stream(either, prompt if inside else [*prompt, START], N + 1, scale, boost=0.0)
+        stream = slow_stream(every, prompt if inside else [*prompt, START], N + 1, scale, boost=0.0)
         begun = max(place for place, token in enumerate(stream[: len(prompt) + 1]) if token == START)
         assert stream[begun + 1 : begun + 1 + N] == row
     if scale > 1:
-        assert not torch.equal(ids, either.generate(**batch(PROMPTS), generation_mode="image"))
+        assert not torch.equal(ids, every.generate(**batch(PROMPTS), generation_mode="image"))
 
 
 @pytest.mark.parametrize("boost", [0.0, 1e3], ids=["as the model likes", "image after image"])
-def test_guidance_starts_anew_for_every_image_of_a_stream(either, boost):
-    streams = either.generate(
+def test_guidance_starts_anew_for_every_image_of_a_stream(every, boost):
+    streams = every.generate(
         **batch(PROMPTS), max_new_tokens=26, guidance_scale=3.0, logits_processor=eager(boost)
     ).tolist()
     for prompt, row in zip(PROMPTS, streams, strict=True):
-        expected = slow_stream(either, prompt, 26, 3.0, boost)
+        expected = slow_stream(every, prompt, 26, 3.0, boost)
         padding = len(streams[0]) - 26 - len(prompt)
         assert row[padding : padding + len(expected)] == expected
         assert set(row[padding + len(expected) :]) <= {PAD}
     if boost:
         assert min(images_of(torch.tensor(streams))) >= 3
+
+
+@pytest.mark.parametrize("interval", [(0, 0), (0, 2), (1, 4), (3, N)])
+def test_guidance_may_be_kept_to_some_codes(model, interval):
+    options = {"guidance_scale": 5.0, "guidance_interval": interval}
+    streams = model.generate(**batch(PROMPTS), max_new_tokens=20, logits_processor=eager(), **options).tolist()
+    drawn = model.generate(**batch(PROMPTS), generation_mode="image", **options).tolist()
+    for prompt, row, ids in zip(PROMPTS, streams, drawn, strict=True):
+        expected = slow_stream(model, prompt, 20, 5.0, 1e3, interval)
+        padding = len(row) - 20 - len(prompt)
+        assert row[padding : padding + len(expected)] == expected
+        if letters(prompt).rfind("S") <= letters(prompt).rfind("E"):
+            expected = slow_stream(model, [*prompt, START], N, 5.0, 0.0, interval)[-N:]
+            assert ids == expected
+    everywhere = model.generate(**batch(PROMPTS), generation_mode="image", guidance_scale=5.0).tolist()
+    assert everywhere != drawn
+
+
+class Calls:
+    """Rows and columns of every call of the language model."""
+
+    def __init__(self, model):
+        self.shapes = []
+        hook = lambda module, args, kwargs: self.shapes.append(tuple(kwargs["input_ids"].shape))  # noqa: E731
+        self.hook = model.model.language_model.register_forward_pre_hook(hook, with_kwargs=True)
+
+    def __enter__(self) -> list[tuple[int, int]]:
+        return self.shapes
+
+    def __exit__(self, *error):
+        self.hook.remove()
+
+
+def test_the_prompt_is_read_once_and_only_drawing_takes_two_branches(model):
+    prompts = batch([[BOS, 20, 21], [BOS, 22]])
+    script = [[40, START, *[70] * N, END, 41], [START, *[70] * N, END, 41, 42]]
+
+    class Script(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            for row, tokens in enumerate(script):
+                scores[row, tokens[input_ids.shape[1] - 3]] += 1e4
+            return scores
+
+    with Calls(model) as shapes:
+        model.generate(
+            **prompts, guidance_scale=2.0, max_new_tokens=10, logits_processor=LogitsProcessorList([Script()])
+        )
+    # the second row begins its image at once, the first a step later; the last code is read by one branch
+    assert shapes == [(2, 3), (1, 2), *[(4, 1)] * (N + 1), (2, 1), (2, 1)]
+    with Calls(model) as shapes:
+        model.generate(**prompts, guidance_scale=2.0, max_new_tokens=5, generation_mode="text")
+    assert shapes == [(2, 3), *[(2, 1)] * 4]
+    with Calls(model) as shapes:
+        model.generate(**prompts, generation_mode="image", guidance_scale=2.0, num_return_sequences=3, do_sample=True)
+    assert shapes == [(3, 4), *[(12, 1)] * (N - 1)]  # two prompts and one context, read in one call
+    with Calls(model) as shapes:
+        model.generate(**prompts, generation_mode="image", guidance_scale=2.0, guidance_interval=(0, 2))
+    assert shapes == [(3, 4), (4, 1), *[(2, 1)] * (N - 2)]
+    with Calls(model) as shapes:
+        model.generate(**prompts, generation_mode="image")
+    assert shapes == [(2, 4), *[(2, 1)] * (N - 1)]
+
+
+@pytest.mark.parametrize(
+    ("mode", "scale", "interval"),
+    [("auto", 1.0, None), ("interleaved", 3.0, None), ("interleaved", 3.0, (1, 4))],
+    ids=["plain", "guided", "guided in part"],
+)
+def test_the_fast_span_and_the_step_that_shows_its_scores_give_the_same(every, mode, interval, scale):
+    prompts = [[BOS, 20, START], [BOS, START, 70], [BOS, 30, 31, START, 70]]
+    for inputs in (batch(PROMPTS), batch(prompts), batch(prompts[:1] * 2)):
+        options = {**inputs, "generation_mode": mode, "guidance_scale": scale, "guidance_interval": interval}
+        with Calls(every) as fast:
+            streams = every.generate(**options, max_new_tokens=2 * N + 8)
+        with Calls(every) as slow:
+            output = every.generate(
+                **options, max_new_tokens=2 * N + 8, output_logits=True, return_dict_in_generate=True
+            )
+        assert torch.equal(streams, output.sequences) and fast == slow
+        assert all(logits.shape == (len(streams), OFFSET + K) for logits in output.logits)
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_a_row_that_has_ended_is_filled_up_while_the_others_draw(model, scale):
+    prompts, options = [[BOS, 20], [BOS, START, 70]], {"max_new_tokens": N + 3, "guidance_scale": scale}
+    word = int(model.generate(**batch(prompts[:1]), max_new_tokens=1)[0, -1])
+    ended, drawn = model.generate(**batch(prompts), **options, eos_token_id=word).tolist()
+    assert word < OFFSET and ended == [PAD, BOS, 20, word, *[PAD] * (len(drawn) - 4)]
+    alone = model.generate(**batch(prompts[1:]), **options, eos_token_id=word)[0].tolist()
+    assert drawn == alone and images_of(torch.tensor([drawn])) == [1]
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_inside_a_span_only_codes_are_scored(model, scale):
+    widths = []
+
+    def watch(module, args, output):
+        widths.append(output.shape[-1])
+
+    hook = model.lm_head.register_forward_hook(watch)
+    options = {"guidance_scale": scale, "generation_mode": "interleaved"}
+    model.generate(**batch([[BOS, 20, START], [BOS, START]]), max_new_tokens=N + 1, **options)
+    assert widths == []  # image_end, the last token, follows by rule
+    model.generate(**batch([[BOS, 20, START], [BOS, START]]), max_new_tokens=N + 3, **options)
+    hook.remove()
+    assert widths == [OFFSET + K] * 2
+
+
+def test_a_head_with_an_adapter_is_used_as_a_whole(model):
+    class Doubled(torch.nn.Module):
+        def __init__(self, head):
+            super().__init__()
+            self.head, self.weight = head, head.weight
+
+        def forward(self, hidden):
+            return self.head(hidden).flip(-1)
+
+    head, inputs = model.lm_head, batch(PROMPTS)
+    model.lm_head = Doubled(head)
+    try:
+        fast = model.generate(**inputs, generation_mode="image", guidance_scale=2.0)
+        general = model.generate(
+            **inputs, generation_mode="image", guidance_scale=2.0, return_dict_in_generate=True
+        ).sequences
+        free = slow_stream(model, [BOS, 20, START], N, 2.0, 0.0)
+    finally:
+        model.lm_head = head
+    assert torch.equal(fast, general) and fast[0].tolist() == free[-N:]
+
+
+def test_tokens_are_drawn_as_often_as_their_probabilities_say():
+    scores = torch.tensor([2.0, 0.0, -torch.inf, 1.0, -3.0])
+    draws = select(scores.expand(40000, -1), True, torch.Generator().manual_seed(0)).bincount(minlength=5) / 40000
+    expected = scores.softmax(dim=-1)
+    assert ((draws - expected).abs() <= 4 * (expected * (1 - expected) / 40000).sqrt()).all()
+    assert draws[2] == 0
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_what_is_generated_may_be_trained_on(model, scale):
+    output = model.generate(
+        **batch(PROMPTS), generation_mode="interleaved", max_new_tokens=20, guidance_scale=scale,
+        return_dict_in_generate=True, output_scores=True,
+    )  # fmt: skip
+    drawn = model.generate(**batch(PROMPTS), generation_mode="image", guidance_scale=scale)
+    cache = output.past_key_values
+    assert not any(tensor.is_inference() for tensor in (output.sequences, drawn, *output.scores, cache.layers[0].keys))
+    model(output.sequences, labels=output.sequences).loss.backward()
+    model.zero_grad()
+
+
+def test_a_compiled_step_gives_the_same_streams():
+    model = tiny(seed=3)
+    options = {**batch(PROMPTS), **SAMPLING, "generation_mode": "interleaved", "guidance_scale": 3.0}
+    plain, traced = (
+        model.generate(**options, max_new_tokens=20, compile_step=step, generator=torch.Generator().manual_seed(0))
+        for step in (None, "trace")
+    )
+    assert torch.equal(traced, plain)
+    options = batch([[BOS, 33], *PROMPTS[1:]]) | {"generation_mode": "interleaved", "guidance_scale": 3.0}
+    other = model.generate(**options, compile_step="trace")  # what is compiled took nothing of a prompt for granted
+    assert torch.equal(other, model.generate(**options))
+    for weight in model.model.language_model.parameters():
+        weight.data.mul_(0.7)
+    changed = model.generate(**options, compile_step="trace")  # nor the weights
+    assert torch.equal(changed, model.generate(**options)) and not torch.equal(changed, other)
+
+
+def test_a_window_shorter_than_the_stream_is_not_compiled():
+    with pytest.raises(
+        ValueError, match=r"no window shorter than the stream of 32 tokens; this model has sdpa attention"
+    ):
+        tiny(seed=2, positions="sliding window").generate(
+            torch.tensor([[BOS, 20]]), generation_mode="image", compile_step="trace"
+        )
 
 
 def test_a_scale_of_one_or_none_is_no_guidance(model):
@@ -348,13 +542,15 @@ def test_the_same_seed_gives_the_same_and_another_seed_something_else(model, mod
     assert torch.equal(by_generator(1), first)
 
 
-@pytest.mark.parametrize("own_loop", [False, True], ids=["transformers' loop", "ours"])
+@pytest.mark.parametrize("own_loop", [False, True], ids=["transformers' loop", "ours"])  # which has no static cache
 def test_images_and_text_are_sampled_each_in_its_way(model, own_loop):
     inputs = batch([[BOS, 20]] * 16)
 
     def parts(**options) -> tuple[set, set]:
         if own_loop:
             options["generator"] = torch.Generator().manual_seed(0)
+        else:
+            options["cache_implementation"] = "static"
         begun = LogitsProcessorList([Boost(EOS, -1e3)])
         streams = model.generate(
             **inputs, generation_mode="interleaved", max_new_tokens=N + 2, do_sample=True, logits_processor=begun,
@@ -460,13 +656,35 @@ def test_scores_and_logits_come_with_the_stream(model, options):
         assert torch.equal(torch.stack(output.scores).argmax(dim=-1).T, output.sequences[:, -12:])
 
 
-def test_a_conversation_goes_on_from_its_cache(model):
-    first = model.generate(**batch([[BOS, 20, 21]]), max_new_tokens=4, return_dict_in_generate=True)
-    longer = torch.cat([first.sequences, torch.tensor([[25, *IMAGE, 26]])], dim=1)
-    ids = torch.where((longer >= OFFSET), PLACEHOLDER, longer)
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_a_conversation_goes_on_from_its_cache(every, scale):
+    options = {"guidance_scale": scale, "logits_processor": eager()}
+    first = every.generate(
+        **batch([[BOS, 20, 21], [BOS, 22]]), max_new_tokens=N + 4, return_dict_in_generate=True, **options
+    )
+    cache = first.past_key_values
+    assert cache.get_seq_length() == first.sequences.shape[1] - 1
+    longer = torch.cat([first.sequences, torch.tensor([[25, *IMAGE, 26], [27, *IMAGE, 28]])], dim=1)
+    mask = (longer != PAD).long()
+    ids = torch.where(longer >= OFFSET, PLACEHOLDER, longer)
     codes = longer[longer >= OFFSET].view(-1, N) - OFFSET
-    again = model.generate(ids, image_codes=codes, max_new_tokens=9, past_key_values=first.past_key_values)
-    assert torch.equal(again, model.generate(longer, max_new_tokens=9))
+    with Calls(every) as shapes:
+        again = every.generate(
+            ids, attention_mask=mask, image_codes=codes, max_new_tokens=N + 2, past_key_values=cache, **options
+        )
+    assert shapes[0] == (2, 1 + N + 4)  # the token that was chosen last, and what was said since
+    assert torch.equal(again, every.generate(longer, attention_mask=mask, max_new_tokens=N + 2, **options))
+    longest = torch.cat([again, torch.tensor([[29], [30]])], dim=1)  # the cache has grown by what was generated
+    on = {"attention_mask": (longest != PAD).long(), "max_new_tokens": 3}
+    assert torch.equal(every.generate(longest, past_key_values=cache, **on), every.generate(longest, **on))
+
+
+def test_a_cache_that_is_ahead_of_the_prompt_is_refused(model):
+    cache = model.generate(**batch([[BOS, 20, 21]]), max_new_tokens=4, return_dict_in_generate=True).past_key_values
+    with pytest.raises(
+        ValueError, match="the cache holds 6 tokens, but the prompt, which must begin with them, only 2"
+    ):
+        model.generate(torch.tensor([[BOS, 20]]), past_key_values=cache, max_new_tokens=4)
 
 
 def test_hidden_states_come_with_the_stream(model):
@@ -493,6 +711,7 @@ def test_a_picture_in_the_prompt_is_returned_as_its_codes(model):
         ({"input_ids": None}, "the prompt is empty"),
         ({"input_ids": torch.tensor([BOS, 20])}, r"input_ids must have shape \(B, L\), got \(2,\)"),
         ({"input_ids": torch.tensor([[BOS, 20], [BOS, PAD]])}, "row 1 of the prompt is padded on the right"),
+        ({"input_ids": torch.tensor([[BOS, 20], [PAD, PAD]])}, "row 1 of the prompt is empty"),
         ({"attention_mask": torch.tensor([[1, 0]])}, "row 0 of the prompt is padded on the right"),
         ({"attention_mask": torch.ones(1, 3)}, r"attention_mask is \(1, 3\), input_ids \(1, 2\)"),
         ({"input_ids": torch.tensor([[BOS, 80]])}, r"row 0, position 1: id 80 is outside the vocabulary \[0, 80\)"),
@@ -500,6 +719,15 @@ def test_a_picture_in_the_prompt_is_returned_as_its_codes(model):
         ({"input_ids": torch.tensor([[BOS, 70, 20]])}, r"row 0, positions 1 to 2: not an image of 6 codes"),
         ({"input_ids": torch.tensor([[BOS, START, 70, 20]])}, r"row 0, positions 1 to 3: not an image of 6 codes"),
         ({"input_ids": torch.tensor([[BOS, START, *[70] * 7]])}, r"row 0, positions 1 to 9: not an image of 6 codes"),
+        (
+            {"input_ids": torch.tensor([[BOS, 20, 21, 22], [BOS, START, 70, START]])},
+            r"row 1, positions 1 to 3: not an image of 6 codes",
+        ),
+        ({"image_codes": torch.zeros(1, N, dtype=torch.int64)}, r"1 images are 6 tokens, but .* \[0\] placeholders"),
+        ({"guidance_scale": 2.0, "guidance_interval": (2, 7)}, "two numbers from 0 to 6 in order, got 2 and 7"),
+        ({"guidance_interval": (3, 2)}, "two numbers from 0 to 6 in order, got 3 and 2"),
+        ({"compile_step": "trace", "num_beams": 2}, "need greedy search or sampling, not beams"),
+        ({"guidance_scale": 2.0, "cache_implementation": "static"}, "need a cache of keys and values that grows"),
         ({"input_ids": torch.tensor([[BOS, END]])}, r"row 0, positions 1 to 2: not an image of 6 codes"),
         ({"generation_mode": "image", "max_new_tokens": 5}, "row 0 of the prompt needs 6 more tokens, but only 5 may"),
         ({"generation_mode": "image", "max_length": 7}, "row 0 of the prompt needs 6 more tokens, but only 5 may"),

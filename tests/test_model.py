@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import (
     AutoModel,
     CohereConfig,
@@ -24,6 +25,8 @@ from transformers import (
     NanoChatForCausalLM,
     PreTrainedTokenizerFast,
 )
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from unitok_hf import UniTokForConditionalGeneration, UniTokModel
 
@@ -436,9 +439,61 @@ def test_in_half_precision_the_image_tokenizer_stays_exact(model, batch, noise, 
         assert torch.equal(model.get_image_tokens(noise), half.get_image_tokens(noise))
 
 
-def test_a_tokenizer_that_was_cast_to_half_precision_encodes_nothing(model, noise):
-    with pytest.raises(ValueError, match=r"cast to torch.bfloat16, in which pictures get other codes; .*dtype="):
-        model.to(torch.bfloat16).get_image_tokens(noise)
+@pytest.mark.parametrize(
+    "cast",
+    [
+        lambda model: model.to(torch.bfloat16),
+        lambda model: model.half(),
+        lambda model: model.bfloat16().float(),
+        lambda model: model.to("cpu", torch.float16).to(torch.bfloat16),
+        lambda model: model.double(),
+    ],
+    ids=["to", "half", "there and back", "twice", "double"],
+)
+def test_a_cast_reaches_the_language_model_and_leaves_the_image_tokenizer_as_it_was(model, noise, cast):
+    codes = model.get_image_tokens(noise)
+    picture = model.decode_image_tokens(codes)
+    before = {name: value.clone() for name, value in model.model.vqmodel.state_dict().items()}
+    rows = model.lm_head.weight.clone()
+    cast(model)
+    for name, value in model.model.vqmodel.state_dict().items():
+        assert value.dtype == before[name].dtype and torch.equal(value, before[name]), name
+    assert not any(parameter.requires_grad for parameter in model.model.vqmodel.parameters())
+    assert torch.equal(model.get_image_tokens(noise), codes)
+    assert torch.equal(model.decode_image_tokens(codes), picture)
+    changed = model.lm_head.weight.dtype != rows.dtype or not torch.equal(model.lm_head.weight, rows)
+    assert changed and model.lm_head.weight.dtype == next(model.model.language_model.parameters()).dtype
+
+
+def test_a_new_model_in_half_precision_has_an_image_tokenizer_in_full(model):
+    half = UniTokForConditionalGeneration._from_config(model.config, dtype=torch.bfloat16)
+    assert half.lm_head.weight.dtype == torch.bfloat16
+    assert {value.dtype for value in half.model.vqmodel.state_dict().values()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    "device_map",
+    ["auto", {"": "cpu"}, {"model.language_model": "cpu", "model.vqmodel": "cpu", "lm_head": "cpu"}],
+    ids=["auto", "whole", "parts"],
+)
+def test_a_device_map_places_the_parts(model, noise, batch, tmp_path, device_map):
+    model.save_pretrained(tmp_path)
+    placed = AutoModel.from_pretrained(tmp_path, device_map=device_map)
+    assert torch.equal(placed(**batch, pixel_values=noise[:2]).logits, model(**batch, pixel_values=noise[:2]).logits)
+    drawn = placed.generate(batch["input_ids"][:1, :1], generation_mode="image")
+    assert torch.equal(drawn, model.generate(batch["input_ids"][:1, :1], generation_mode="image"))
+
+
+def test_quantizers_leave_the_image_tokenizer_and_the_head_alone(model):
+    skipped = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
+    linear = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
+    converted = {name for name in linear if should_convert_module(name, skipped)}
+    assert any(
+        "vqmodel" in name and "attentions" in name for name in linear
+    )  # Linear layers, which a quantizer would take
+    of_text = {name for name in linear if name.startswith("model.language_model.")}
+    assert converted == of_text and len(of_text) > 10
+    assert not any(should_convert_module(f"{name}.weight", skipped) for name in linear if "vqmodel" in name)
 
 
 TEXT_MODELS = {

@@ -27,6 +27,7 @@ from .configuration.vocabulary_unitok import VisualVocabulary
 from .modeling_unitok.generation_unitok import Segment
 from .modeling_unitok.modeling_unitok import UniTokForConditionalGeneration, UniTokModel
 from .modeling_unitok.modeling_vq import UniTokVQModel
+from .modeling_unitok.streaming_unitok import Piece, UniTokStreamer
 from .processing.image_processing_unitok import UniTokImageProcessor
 from .processing.processing_unitok import UniTokProcessor, add_special_tokens
 
@@ -41,12 +42,14 @@ AutoImageProcessor.register(UniTokConfig, image_processor_classes={"pil": UniTok
 AutoProcessor.register(UniTokConfig, UniTokProcessor)
 
 __all__ = [
+    "Piece",
     "Segment",
     "UniTokConfig",
     "UniTokForConditionalGeneration",
     "UniTokImageProcessor",
     "UniTokModel",
     "UniTokProcessor",
+    "UniTokStreamer",
     "UniTokVQModel",
     "VisualVocabulary",
     "add_special_tokens",
