@@ -50,6 +50,8 @@ def gradients(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def test_one_backward_pass_gives_the_gradients_of_the_classic_three(training_model, noise):
     """The classic way: two extra passes to the last layer for the weight, then one for the sum."""
+    training_model(noise)
+    training_model.adaptive_weight.step()  # the weight is that of the step before, here of the same pictures
     outputs = training_model(noise)
     outputs["loss"].backward()
     found, judged = gradients(training_model.vq), gradients(training_model.discriminator)
@@ -126,7 +128,7 @@ def test_a_resumed_run_with_both_networks_equals_the_undisturbed_one(parquet, tm
 def test_a_checkpoint_without_discriminator_is_refused(parquet, tmp_path):
     options = {"max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 4, "eval_data_path": parquet}
     train_tokenizer(arguments(tmp_path, parquet, adversarial_weight=0.0, **options))
-    with pytest.raises(ValueError, match="other arguments: it differs in discriminator"):
+    with pytest.raises(ValueError, match="other arguments: it differs in adaptive_weight"):
         train_tokenizer(arguments(tmp_path, parquet, resume_from_checkpoint="last", **options))
 
 

@@ -276,7 +276,7 @@ def test_a_checkpoint_with_weights_that_are_not_finite_is_not_written(spread, tm
 
 def test_a_run_whose_export_fails_leaves_no_tokenizer(colours, tmp_path, monkeypatch):
     def spoil(self, args, state, control, model, **_):
-        model.vq.codebook.mul_(torch.linspace(0.5, 2, 24)[:, None])
+        model.tokenizer.codebook.mul_(torch.linspace(0.5, 2, 24)[:, None])
 
     monkeypatch.setattr(vq_trainer.CodebookCallback, "on_train_end", spoil)
     options = {"quantizer": "ema", "codebook_norm": "l2", "save_strategy": "no"}

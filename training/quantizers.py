@@ -133,7 +133,8 @@ class Quantizer(nn.Module):
         norm: one of `NORMS`; l2 for unit vectors.
         estimator: one of `ESTIMATORS`.
         decay: of the moving averages, per step, in the long run; see `_decay`.
-        dead_share: a code is dead when its moving count is below this fraction of the mean count.
+        dead_share: a code is dead when its moving count is below this fraction of the mean count. The count remembers at
+            least twenty latents of an average code, so that chance alone does not take a healthy one there.
         max_revived: at most this fraction of the codes is revived in one step.
         buffer_rows: R, latents kept for k-means and as candidates for revival; k-means wants 32 per code.
         seed: of the draws in k-means and revival, with the step number: every rank and a resumed run draw the same.
@@ -159,7 +160,7 @@ class Quantizer(nn.Module):
         norm: str = "none",
         estimator: str = "rotation",
         decay: float = 0.99,
-        dead_share: float = 0.05,
+        dead_share: float = 0.25,
         max_revived: float = 0.02,
         buffer_rows: int | None = None,
         seed: int = 0,

@@ -14,6 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from transformers import TrainingArguments
 
 
@@ -54,6 +56,26 @@ def require_finite(terms: dict[str, torch.Tensor], step: int, output_dir: str) -
             f"the loss is not finite at step {step + 1} ({values}); lower --learning_rate. "
             + (f"The last checkpoint is {saved}" if saved else "No checkpoint was written yet")
         )
+
+
+def load_tensors(path: str | Path, expected: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file, which must have the names and shapes of others.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is corrupt, or of another run: the first tensor that differs is named.
+    """
+    try:
+        found = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is corrupt or was cut short: {error}") from error
+    for name in sorted(found.keys() | expected.keys()):
+        shapes = [tuple(tensors[name].shape) if name in tensors else "missing" for tensors in (found, expected)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                f"{path} was written with other arguments: it differs in {name}, {shapes[0]} there and {shapes[1]} here"
+            )
+    return found
 
 
 def save_arguments(args: TrainingArguments, folder: str | Path) -> None:

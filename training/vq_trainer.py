@@ -10,9 +10,15 @@ The recipe, in the order in which it acts:
    commitment loss, multi-scale L1; with `perceptual_weight`, a distance of features (see `perceptual`)
 5. with `adversarial_weight`, a discriminator (see `discriminator`) that learns from `discriminator_start` on and is heard
    from `adversarial_start` on, first softly; both learn from the same batch in one optimizer step
+6. from the codebook's making on, the weights are averaged (see `weight_average`): the average is what is evaluated, saved
+   and released
+
+`--vq_model_path` starts from the weights of a tokenizer and makes it a new codebook by the same recipe; with
+`--decoder_only` its codes stay and only its pictures get better (see `decoder_tuning`).
 
 A `transformers.Trainer`: its arguments, logging, callbacks, distributed runs and resume. A checkpoint is a loadable
 tokenizer folder plus what training needs; a resumed run continues bit for bit. The final folder is the tokenizer alone.
+The log says how the codebook and the discriminator are, see `health`.
 """
 
 from collections import defaultdict
@@ -22,7 +28,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
@@ -35,15 +41,29 @@ from .collators import (
     require_size,
     training_and_validation,
 )
-from .discriminator import PatchDiscriminator, adaptive_weight
+from .decoder_tuning import FrozenCodebook, freeze_codes, require_same_codes
+from .discriminator import AdaptiveWeight, PatchDiscriminator
 from .evaluation import ReconstructionMeter, picture_rows
-from .losses import multi_scale_l1
+from .health import HealthWatch, latent_measures
+from .losses import RECONSTRUCTION_LOSSES
 from .perceptual import PerceptualDistance
 from .quantizers import ESTIMATORS, NORMS, QUANTIZERS, Quantizer, forget_rows
-from .runs import checkpoint_to_resume, require_finite, save_arguments, save_beside
+from .runs import checkpoint_to_resume, load_tensors, require_finite, save_arguments, save_beside
+from .weight_average import WeightAverage
 
 
 TRAINING_STATE = "training_state.safetensors"
+
+# The arguments that a tokenizer's folder answers, with their keys in its configuration and what a new tokenizer gets.
+ARCHITECTURE = {
+    "image_size": ("sample_size", 64),
+    "num_vq_embeddings": ("num_vq_embeddings", 1024),
+    "latent_channels": ("vq_embed_dim", 16),
+    "patch_size": ("patch_size", 4),
+    "block_out_channels": ("block_out_channels", (64, 128, 128)),
+    "layers_per_block": ("layers_per_block", 1),
+    "norm_num_groups": ("norm_num_groups", 32),
+}
 
 
 @dataclass(kw_only=True)
@@ -62,18 +82,30 @@ class VQTrainingArguments(TrainingArguments):
     validation_fraction: float = field(
         default=0.05, metadata={"help": "Share of the rows held out when --eval_data_path is not given."}
     )
-    image_size: int = field(default=64, metadata={"help": "Side of the pictures in pixels."})
-    num_vq_embeddings: int = field(default=1024, metadata={"help": "Size of the codebook."})
-    latent_channels: int = field(default=16, metadata={"help": "Width of a code."})
-    patch_size: int = field(
-        default=4, metadata={"help": "Pixels per side that become channels before the first convolution; 1 for none."}
+    vq_model_path: str | None = field(
+        default=None,
+        metadata={"help": "Folder of a tokenizer to start from; the seven sizes that follow are its own."},
     )
-    block_out_channels: list[int] = field(
-        default_factory=lambda: [64, 128, 128],
-        metadata={"help": "Widths of the network; each level but the last halves the resolution."},
+    decoder_only: bool = field(
+        default=False, metadata={"help": "Train the decoder of --vq_model_path alone; the codes stay what they are."}
     )
-    layers_per_block: int = field(default=1, metadata={"help": "Residual blocks per level."})
-    norm_num_groups: int = field(default=32, metadata={"help": "Groups of the group normalisations."})
+    image_size: int | None = field(default=None, metadata={"help": "Side of the pictures in pixels. Default: 64."})
+    num_vq_embeddings: int | None = field(default=None, metadata={"help": "Size of the codebook. Default: 1024."})
+    latent_channels: int | None = field(default=None, metadata={"help": "Width of a code. Default: 16."})
+    patch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Pixels per side that become channels before the first convolution; 1 for none. Default: 4."
+        },
+    )
+    block_out_channels: list[int] | None = field(
+        default=None,
+        metadata={"help": "Widths; each level but the last halves the resolution. Default: 64 128 128."},
+    )
+    layers_per_block: int | None = field(default=None, metadata={"help": "Residual blocks per level. Default: 1."})
+    norm_num_groups: int | None = field(
+        default=None, metadata={"help": "Groups of the group normalisations. Default: 32."}
+    )
     augment: Literal["none", "affine"] = field(
         default="none", metadata={"help": "Random change of each picture in training."}
     )
@@ -89,6 +121,9 @@ class VQTrainingArguments(TrainingArguments):
     )
     gradient_estimator: Literal["rotation", "straight_through"] = field(
         default="rotation", metadata={"help": "How gradients pass the lookup of a code."}
+    )
+    reconstruction_loss: Literal["l1", "l2"] = field(
+        default="l1", metadata={"help": "Multi-scale absolute error, or squared error."}
     )
     commitment_weight: float = field(default=0.25, metadata={"help": "Weight of the commitment loss."})
     perceptual_weight: float = field(
@@ -114,6 +149,9 @@ class VQTrainingArguments(TrainingArguments):
     )
     lecam_weight: float = field(default=0.001, metadata={"help": "Weight of LeCAM in the discriminator's loss."})
     ema_decay: float = field(default=0.99, metadata={"help": "Decay of the codebook's moving averages, per step."})
+    weight_ema_decay: float = field(
+        default=0.995, metadata={"help": "Decay of the averaged weights, which are released, per step; 0 for none."}
+    )
 
     output_dir: str | None = field(default="out/tokenizer", metadata={"help": "Folder of the run and the tokenizer."})
     per_device_train_batch_size: int = field(default=32, metadata={"help": "Pictures per device and step."})
@@ -141,19 +179,52 @@ class VQTrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        for name, known in (("quantizer", QUANTIZERS), ("codebook_norm", NORMS), ("gradient_estimator", ESTIMATORS)):
+        self._settle_architecture()
+        choices = {"quantizer": QUANTIZERS, "codebook_norm": NORMS, "gradient_estimator": ESTIMATORS}
+        choices |= {"reconstruction_loss": RECONSTRUCTION_LOSSES}
+        for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"--{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         if not 0 <= self.continuous_fraction < 1:
             raise ValueError(f"--continuous_fraction must lie in [0, 1), got {self.continuous_fraction}")
-        starts = (self.continuous_fraction, self.discriminator_start, self.adversarial_start, 1)
+        continuous = 0 if self.decoder_only else self.continuous_fraction
+        starts = (continuous, self.discriminator_start, self.adversarial_start, 1)
         if self.adversarial_weight and list(starts) != sorted(starts):
             raise ValueError(
                 "--continuous_fraction, --discriminator_start and --adversarial_start must follow each other, got "
-                f"{self.continuous_fraction}, {self.discriminator_start}, {self.adversarial_start}"
+                f"{continuous}, {self.discriminator_start}, {self.adversarial_start}"
             )
         if not 0 < self.validation_fraction < 1:
             raise ValueError(f"--validation_fraction must lie in (0, 1), got {self.validation_fraction}")
+        if not 0 <= self.weight_ema_decay < 1:
+            raise ValueError(f"--weight_ema_decay must lie in [0, 1), got {self.weight_ema_decay}")
+
+    def _settle_architecture(self) -> None:
+        """Fill in the sizes that were not given, from the folder to start from or with their defaults."""
+        if self.vq_model_path is None:
+            if self.decoder_only:
+                raise ValueError(
+                    "--decoder_only improves a tokenizer that is there; name its folder by --vq_model_path"
+                )
+            known = dict(ARCHITECTURE.values())
+        else:
+            if not (Path(self.vq_model_path) / "config.json").is_file():
+                raise ValueError(f"no image tokenizer at {self.vq_model_path}")
+            if self.quantizer == "ibq" and self.codebook_norm == "none" and not self.decoder_only:
+                raise ValueError(
+                    "--quantizer ibq needs a column in the codebook that the tokenizer of --vq_model_path has no room "
+                    "for; add --codebook_norm l2, or choose another --quantizer"
+                )
+            with torch.device("meta"):
+                known = UniTokVQModel.from_config(UniTokVQModel.load_config(self.vq_model_path)).config
+        for name, (key, _) in ARCHITECTURE.items():
+            theirs = list(known[key]) if isinstance(known[key], (list, tuple)) else known[key]
+            if getattr(self, name) not in (None, theirs) and self.vq_model_path is not None:
+                raise ValueError(
+                    f"--{name} is {getattr(self, name)}, but {theirs} in the tokenizer at {self.vq_model_path}; "
+                    "leave it out to start from there"
+                )
+            setattr(self, name, theirs if getattr(self, name) is None else getattr(self, name))
 
 
 class VQTrainingModel(nn.Module):
@@ -166,32 +237,43 @@ class VQTrainingModel(nn.Module):
 
     Attributes:
         progress: share of the training steps that are done; the trainer keeps it.
+        average: the averaged tokenizer; None without averaging.
         discriminator, perceptual: None where their weight is 0.
     """
 
     def __init__(self, vq: UniTokVQModel, codebook_state: Quantizer, args: VQTrainingArguments):
         super().__init__()
         self.vq = vq
-        self.vq.codebook.requires_grad_(codebook_state.learns_table)
+        self.average = WeightAverage(vq, args.weight_ema_decay) if args.weight_ema_decay else None
+        if args.decoder_only:
+            freeze_codes(vq)
+        else:
+            vq.codebook.requires_grad_(codebook_state.learns_table)
         self.codebook_state = codebook_state
         self.args = args
         self.progress = 0.0
         self.discriminator = PatchDiscriminator(args.discriminator_layers) if args.adversarial_weight else None
+        self.adaptive_weight = AdaptiveWeight() if args.adversarial_weight else None
         self.perceptual = PerceptualDistance() if args.perceptual_weight else None
         if self.discriminator is not None:  # what the last convolution of the decoder sees, for the adaptive weight
             vq.decoder.conv_out.register_forward_pre_hook(
                 lambda module, inputs: setattr(self, "last_features", inputs[0].detach())
             )
 
+    @property
+    def tokenizer(self) -> UniTokVQModel:
+        """The tokenizer that is evaluated and saved: the averaged one, where there is one."""
+        return self.vq if self.average is None else self.average.vq
+
     def forward(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Losses of pictures (B, 3, H, W) in [-1, 1]: `loss`, and its terms by name, without gradient."""
-        latents = self.vq.encode(pixel_values).latents  # (B, d, h, w)
+        """Losses of pictures (B, 3, H, W) in [-1, 1]: `loss`, and its terms and health by name, without gradient."""
+        latents = self._encode(pixel_values)  # (B, d, h, w)
         rows = latents.permute(0, 2, 3, 1).flatten(0, 2).float()  # (N, d)
         self.codebook_state.observe(rows)
         vectors, commitment, codebook_loss = self.codebook_state(rows, self.vq.codebook)
         quantized = vectors.unflatten(0, (latents.shape[0], *latents.shape[2:])).permute(0, 3, 1, 2).to(latents.dtype)
         sample = self.vq.decode(quantized, force_not_quantize=True).sample.float()
-        terms = {"commitment": commitment}
+        terms = {"commitment": commitment} | latent_measures(rows, vectors, self.codebook_state)
         if self.discriminator is not None and self.progress >= self.args.discriminator_start:
             loss = self._adversarial(sample, pixel_values, terms)
         else:
@@ -201,8 +283,15 @@ class VQTrainingModel(nn.Module):
         loss = loss + self.args.commitment_weight * commitment + codebook_loss
         return {"loss": loss} | {name: value.detach() for name, value in terms.items()}
 
+    def _encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        if not self.args.decoder_only:
+            return self.vq.encode(pixels).latents
+        # codes that stay are those of `encode_to_indices`, in full precision
+        with torch.no_grad(), torch.autocast(pixels.device.type, enabled=False):
+            return self.vq.encode(pixels).latents
+
     def _reconstruction(self, sample: torch.Tensor, pixels: torch.Tensor, terms: dict) -> torch.Tensor:
-        terms["reconstruction"] = loss = multi_scale_l1(sample, pixels)
+        terms["reconstruction"] = loss = RECONSTRUCTION_LOSSES[self.args.reconstruction_loss](sample, pixels)
         if self.perceptual is not None:
             terms["perceptual"] = self.perceptual(sample, pixels)
             loss = loss + self.args.perceptual_weight * terms["perceptual"]
@@ -223,17 +312,19 @@ class VQTrainingModel(nn.Module):
         if ramp > 0:
             [wish] = torch.autograd.grad(-fake.mean(), leaf, retain_graph=True)
             patch = self.vq.config.patch_size
-            weight = adaptive_weight(
-                F.pixel_unshuffle(gradient, patch),
-                F.pixel_unshuffle(wish, patch),
-                self.last_features,
-                self.vq.decoder.conv_out.weight,
-            )
+            if self.training:
+                self.adaptive_weight.observe(
+                    F.pixel_unshuffle(gradient, patch),
+                    F.pixel_unshuffle(wish, patch),
+                    self.last_features,
+                    self.vq.decoder.conv_out.weight,
+                )
+            weight = self.adaptive_weight.value.clone()
             gradient = gradient + ramp * args.adversarial_weight * weight * wish
             terms |= {"adversarial": -fake.mean(), "adaptive_weight": weight}
         judged = self.discriminator.loss(real, fake, args.lecam_weight)
         if self.training:
-            self.discriminator.remember(real, fake)
+            self.discriminator.observe(real, fake)
         terms |= {
             "discriminator": judged,
             "discriminator_accuracy": torch.cat([real > 0, fake < 0]).float().mean(),
@@ -246,18 +337,40 @@ class VQTrainingModel(nn.Module):
     @torch.no_grad()
     def start_codebook(self, step: int) -> None:
         """Scale the latents without changing the function, then make the codebook by k-means."""
-        scale = self._scale_latents()
+        scale = self._scale_latents(self.vq)
+        self.codebook_state.recent /= scale
         if self.codebook_state.norm == "none":
             self.vq.post_quant_conv.weight *= scale
         self.codebook_state.start(self.vq.codebook, step)
 
-    def _scale_latents(self) -> torch.Tensor:
+    def _scale_latents(self, vq: UniTokVQModel) -> torch.Tensor:
         """Bring latents to unit variance, with l2 to unit norm, by a factor in the convolution that makes them."""
         scale = self.codebook_state.scale
-        self.vq.quant_conv.weight /= scale
-        self.vq.quant_conv.bias /= scale
-        self.codebook_state.recent /= scale
+        vq.quant_conv.weight /= scale
+        vq.quant_conv.bias /= scale
         return scale
+
+    def finish_step(self, optimizer: torch.optim.Optimizer, step: int, start: bool) -> None:
+        """What an optimizer step leaves to do: the codebook, the statistics of the adversarial part, the average.
+
+        Args:
+            optimizer: forgets the codes that were revived.
+            step: number of the step.
+            start: whether it is time to make the codebook, if there is none and the latents suffice for k-means.
+        """
+        state = self.codebook_state
+        revived = state.step(self.vq.codebook, step)
+        forget_rows(optimizer, self.vq.codebook, revived)
+        was_started = bool(state.started)
+        if start and not was_started and state.position >= len(self.vq.codebook):
+            self.start_codebook(step)
+        if self.discriminator is not None:
+            self.discriminator.step()
+            self.adaptive_weight.step()
+        if self.average is not None and was_started:
+            self.average.update(self.vq, state, revived)
+        elif self.average is not None:
+            self.average.copy(self.vq)
 
     @torch.no_grad()
     def export(self, folder: str, pixel_values: torch.Tensor) -> None:
@@ -266,37 +379,44 @@ class VQTrainingModel(nn.Module):
         With l2 only the direction of a latent counts, so that its norm may have grown beyond what fp32 distances stand:
         it is scaled back first.
         """
+        vq = self.tokenizer
         if self.codebook_state.norm == "l2":
-            self._scale_latents()
-        self.vq.export(folder, pixel_values, lambda rows: self.codebook_state.lookup(rows, self.vq.codebook))
+            self._scale_latents(vq)
+        vq.export(folder, pixel_values, lambda rows: self.codebook_state.lookup(rows, vq.codebook))
 
     def activation_checkpointing_enable(self, **_) -> None:
         """What the Trainer calls for `--activation_checkpointing`."""
         self.vq.enable_gradient_checkpointing()
 
     def training_state(self) -> dict[str, torch.Tensor]:
-        """What a checkpoint holds besides the tokenizer: the codebook's state and the discriminator."""
+        """What a checkpoint holds besides the tokenizer: the codebook's state, the adversarial part, and, where the
+        tokenizer is the average, the live weights."""
+        saved = "average.vq." if self.average is not None else "vq."
         return {
             name: tensor.contiguous()
             for name, tensor in self.state_dict().items()
-            if name.startswith(("codebook_state.", "discriminator."))
+            if not name.startswith((saved, "perceptual."))
         }
 
-    def load_training_state(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Undo `training_state`.
+    def load_checkpoint(self, folder: Path) -> None:
+        """Continue from a checkpoint: a tokenizer folder with a file of `training_state`.
 
         Raises:
-            ValueError: the tensors are of another run: the first one that is missing or too many is named.
+            ValueError: it is of another architecture or other arguments: the first key or tensor that differs is named;
+                or a file is corrupt.
         """
-        different = sorted(set(tensors) ^ set(self.training_state()))
-        if different:
-            raise ValueError(f"the checkpoint was written with other arguments: it differs in {different[0]}")
-        self.load_state_dict(tensors, strict=False)
+        saved = UniTokVQModel.from_pretrained(folder)
+        for key, ours in sorted(self.vq.config.items()):
+            if not key.startswith("_") and saved.config[key] != ours:
+                raise ValueError(
+                    f"{folder} holds another tokenizer: {key} is {saved.config[key]} there and {ours} here"
+                )
+        self.tokenizer.load_state_dict(saved.state_dict())
+        self.load_state_dict(load_tensors(folder / TRAINING_STATE, self.training_state()), strict=False)
 
 
 class CodebookCallback(TrainerCallback):
-    """Moves the codebook after every optimizer step, and makes it when the continuous warm-up ends and there are enough
-    latents for it."""
+    """Ends every optimizer step, and makes the codebook when the continuous warm-up is over."""
 
     def __init__(self, continuous_fraction: float):
         self.continuous_fraction = continuous_fraction
@@ -305,12 +425,8 @@ class CodebookCallback(TrainerCallback):
         model.progress = state.global_step / state.max_steps
 
     def on_step_end(self, args, state, control, model: VQTrainingModel, optimizer, **_):
-        revived = model.codebook_state.step(model.vq.codebook, state.global_step)
-        forget_rows(optimizer, model.vq.codebook, revived)
-        ready = model.codebook_state.position >= len(model.vq.codebook)  # k-means wants a latent for every code
         warm = state.global_step >= self.continuous_fraction * state.max_steps
-        if ready and warm and not model.codebook_state.started:
-            model.start_codebook(state.global_step)
+        model.finish_step(optimizer, state.global_step, start=warm)
 
     def on_train_end(self, args, state, control, model: VQTrainingModel, **_):
         if not model.codebook_state.started:
@@ -327,6 +443,7 @@ class VQTrainer(Trainer):
         callbacks = [EpochCallback(), CodebookCallback(args.continuous_fraction)]
         super().__init__(model=model, args=args, data_collator=PictureCollator(), callbacks=callbacks, **kwargs)
         self.terms: dict[str, list[torch.Tensor]] = defaultdict(list)
+        self.health = HealthWatch()
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """None of those that make the codes: decay would shrink the codes that are not chosen."""
@@ -361,10 +478,18 @@ class VQTrainer(Trainer):
 
     def _clip_grad_norm(self, model):
         """Clips tokenizer and discriminator apart: neither's gradients shrink because the other's are large."""
+        return self._clip_both(self.args.max_grad_norm)
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        return self._clip_both(float("inf")) if grad_norm is None else grad_norm
+
+    def _clip_both(self, largest: float) -> torch.Tensor:
+        """Norm of the tokenizer's gradients, before clipping; the discriminator's is kept for the log."""
         if self.model.discriminator is not None:
-            self.accelerator.clip_grad_norm_(self.model.discriminator.parameters(), self.args.max_grad_norm)
+            norm = self.accelerator.clip_grad_norm_(self.model.discriminator.parameters(), largest)
+            self.terms["discriminator_grad_norm"].append(norm.detach())
         tokenizer = [*self.model.vq.parameters(), *self.model.codebook_state.parameters()]
-        return self.accelerator.clip_grad_norm_(tokenizer, self.args.max_grad_norm)
+        return self.accelerator.clip_grad_norm_(tokenizer, largest)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         outputs = model(**inputs)
@@ -375,15 +500,30 @@ class VQTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            for name, values in sorted(self.terms.items()):
-                logs[name] = self.accelerator.reduce(torch.stack(values).mean(), reduction="mean").item()
-            logs |= self.model.codebook_state.report()
-            self.terms.clear()
+            state, codebook = self.model.codebook_state, self.model.vq.codebook
+            window, steps = state.window.clone(), state.steps
+            norms = codebook.detach()[:, : state.width].norm(dim=1)
+            logs |= self._terms() | state.report()
+            logs |= {"code_norm": norms.mean().item(), "code_norm_max": norms.max().item()}
+            if self.is_world_process_zero():
+                self.health.check(logs, window, steps, self.state.max_steps)
         super().log(logs, start_time)
+
+    def _terms(self) -> dict[str, float]:
+        """What the steps since the last log line measured: the mean over steps and processes, the largest of a maximum."""
+        found = {}
+        for name, values in sorted(self.terms.items()):
+            values = torch.stack(values)
+            if name.endswith("_max"):
+                found[name] = self.accelerator.gather(values.max()).max().item()
+            else:
+                found[name] = self.accelerator.reduce(values.mean(), reduction="mean").item()
+        self.terms.clear()
+        return found
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """PSNR, SSIM, codebook usage and perplexity over the whole set, and a grid of reals above reconstructions."""
-        meter = ReconstructionMeter(self.model.vq.eval(), self.accelerator)
+        meter = ReconstructionMeter(self.model.tokenizer.eval(), self.accelerator)
         for batch in self.get_eval_dataloader(eval_dataset):
             meter.update(batch["pixel_values"])
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in meter.compute().items()}
@@ -396,52 +536,66 @@ class VQTrainer(Trainer):
         return metrics
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
-        """A tokenizer folder, with the codebook's training state and the arguments beside it."""
+        """A tokenizer folder, with the state of training and the arguments beside it."""
         output_dir = Path(output_dir or self.args.output_dir)
-        self.model.vq.save_pretrained(output_dir)
+        self.model.tokenizer.save_pretrained(output_dir)
         save_file(self.model.training_state(), output_dir / TRAINING_STATE)
         save_arguments(self.args, output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        folder = Path(resume_from_checkpoint)
-        self.model.vq.load_state_dict(load_file(folder / "diffusion_pytorch_model.safetensors"))
-        self.model.load_training_state(load_file(folder / TRAINING_STATE))
+        self.model.load_checkpoint(Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
 
 def build_training_model(args: VQTrainingArguments) -> VQTrainingModel:
-    """A fresh tokenizer of the size the arguments say, ready for training.
+    """The tokenizer to start from, or a fresh one of the size the arguments say, ready for training.
 
     Raises:
         ValueError: the sizes do not fit together.
     """
-    state = QUANTIZERS[args.quantizer](
-        args.num_vq_embeddings,
-        args.latent_channels,
-        norm=args.codebook_norm,
-        estimator=args.gradient_estimator,
-        decay=args.ema_decay,
-        seed=args.seed,
-    )
+    if args.decoder_only:
+        state = FrozenCodebook(args.num_vq_embeddings, args.latent_channels)
+    else:
+        state = QUANTIZERS[args.quantizer](
+            args.num_vq_embeddings,
+            args.latent_channels,
+            norm=args.codebook_norm,
+            estimator=args.gradient_estimator,
+            decay=args.ema_decay,
+            seed=args.seed,
+        )
+    if args.vq_model_path is None:
+        vq = _new_tokenizer(args, state.extra_columns)
+    else:
+        vq = UniTokVQModel.from_pretrained(args.vq_model_path)
+    vq.grid(args.image_size, args.image_size)
+    return VQTrainingModel(vq, state, args)
+
+
+@torch.no_grad()
+def _new_tokenizer(args: VQTrainingArguments, extra_columns: int) -> UniTokVQModel:
     vq = UniTokVQModel(
         in_channels=3 * args.patch_size**2,
         out_channels=3 * args.patch_size**2,
         block_out_channels=args.block_out_channels,
         layers_per_block=args.layers_per_block,
-        latent_channels=args.latent_channels + state.extra_columns,
+        latent_channels=args.latent_channels + extra_columns,
         sample_size=args.image_size,
         num_vq_embeddings=args.num_vq_embeddings,
         norm_num_groups=args.norm_num_groups,
         patch_size=args.patch_size,
     )
-    vq.grid(args.image_size, args.image_size)
-    with torch.no_grad():  # nothing reaches the extra channels or comes from them, before training and after it
-        vq.quant_conv.weight[args.latent_channels :] = 0
-        vq.quant_conv.bias[args.latent_channels :] = 0
-        vq.post_quant_conv.weight[:, args.latent_channels :] = 0
-    return VQTrainingModel(vq, state, args)
+    # nothing reaches the extra channels or comes from them, before training and after it
+    vq.quant_conv.weight[args.latent_channels :] = 0
+    vq.quant_conv.bias[args.latent_channels :] = 0
+    vq.post_quant_conv.weight[:, args.latent_channels :] = 0
+    # the pixels of a patch start equal (ICNR, arXiv:1707.02937): otherwise each begins as noise of its own, which is
+    # seen as a grid until late in training
+    for tensor in (vq.decoder.conv_out.weight, vq.decoder.conv_out.bias):
+        tensor.copy_(tensor[:: args.patch_size**2].repeat_interleave(args.patch_size**2, dim=0))
+    return vq
 
 
 def train_tokenizer(args: VQTrainingArguments) -> dict[str, float]:
@@ -472,7 +626,18 @@ def train_tokenizer(args: VQTrainingArguments) -> dict[str, float]:
     if trainer.is_world_process_zero():
         shown = [trainer.eval_dataset[row] for row in range(min(64, len(trainer.eval_dataset)))]
         pixels = trainer.data_collator(shown)["pixel_values"]
-        save_beside(args.output_dir, lambda folder: model.export(folder, pixels))
+
+        def save(folder: str) -> None:
+            model.export(folder, pixels)
+            if args.decoder_only:
+                batches = torch.utils.data.DataLoader(
+                    trainer.eval_dataset, args.per_device_eval_batch_size, collate_fn=trainer.data_collator
+                )
+                require_same_codes(
+                    folder, args.vq_model_path, (batch["pixel_values"] for batch in batches), args.device
+                )
+
+        save_beside(args.output_dir, save)
         save_arguments(args, args.output_dir)
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics, combined=False)
