@@ -17,7 +17,8 @@ import argparse
 from functools import partial
 
 import torch
-from generation_speed import CODES, OURS, PROMPT, SCALE, TEXT_ROWS, medians
+from generation_speed import CODES, OURS, PROMPT, SCALE, TEXT_ROWS
+from measuring import medians
 from transformers import (
     Emu3Config,
     Emu3ForConditionalGeneration,

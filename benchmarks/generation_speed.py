@@ -15,12 +15,11 @@ writes them and one that draws behind them.
 """
 
 import argparse
-import statistics
 import time
-from collections.abc import Callable
 from functools import partial
 
 import torch
+from measuring import medians
 from transformers import NanoChatConfig, NanoChatForCausalLM
 
 from unitok_hf import UniTokConfig, UniTokForConditionalGeneration
@@ -28,18 +27,6 @@ from unitok_hf import UniTokConfig, UniTokForConditionalGeneration
 
 PROMPT, TEXT_ROWS, CODES, SCALE, WORDS = 12, 32768, 1024, 3.0, 32
 OURS = {"generation_mode": "image", "do_sample": True, "guidance_scale": SCALE}
-
-
-def medians(ways: dict[str, Callable], repetitions: int) -> dict[str, float]:
-    """Median seconds of each way; all take turns, so that a busy moment of the machine meets all of them."""
-    seconds = {name: [] for name in ways}
-    for repetition in range(repetitions + 1):
-        for name, way in ways.items():
-            begin = time.perf_counter()
-            way()
-            if repetition:  # the first does not count
-                seconds[name].append(time.perf_counter() - begin)
-    return {name: statistics.median(taken) for name, taken in seconds.items()}
 
 
 def documented(text_model, prompts: torch.Tensor, tokens: int) -> None:

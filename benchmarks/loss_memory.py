@@ -10,10 +10,10 @@ gradients included; the median over the repetitions, as is the time.
 import argparse
 import statistics
 import time
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from measuring import extra_memory
 
 from unitok_hf.modeling_unitok.loss_unitok import sliced_cross_entropy
 
@@ -21,19 +21,12 @@ from unitok_hf.modeling_unitok.loss_unitok import sliced_cross_entropy
 CAP = 15.0
 
 
-def resident_peak() -> int:
-    """Largest resident size of this process since it was set back, in bytes."""
-    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
-    return 1024 * int(line.split()[1])
-
-
 def measure(loss, hidden: torch.Tensor, head: torch.nn.Linear) -> tuple[float, int]:
     """Seconds and bytes of a forward and backward pass."""
     hidden.grad = head.weight.grad = None
-    Path("/proc/self/clear_refs").write_text("5")
-    before, begin = resident_peak(), time.perf_counter()
-    loss().backward()
-    return time.perf_counter() - begin, resident_peak() - before
+    begin = time.perf_counter()
+    grown = extra_memory(lambda: loss().backward())
+    return time.perf_counter() - begin, grown
 
 
 def main() -> None:
