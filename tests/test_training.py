@@ -219,9 +219,12 @@ def test_two_processes_train_as_one(tokenizer_run, gpt_run, image_tokenizer, dat
         one = history(alone / "checkpoint-6")
         assert len(both) == len(one) == 6
         for found, expected in zip(both, one, strict=True):
-            norms = [entry.pop("grad_norm") for entry in (found, expected)]
-            assert found == pytest.approx(expected, abs=1e-5, rel=1e-5), name
-            assert norms[0] == pytest.approx(norms[1], rel=1e-4), name  # backward, rounding has grown
+            assert found.keys() == expected.keys()
+            for key, value in expected.items():
+                rounding = (
+                    1e-4 if "norm" in key else 1e-5
+                )  # norms, of gradients and of the largest latent, show more of it
+                assert found[key] == pytest.approx(value, abs=1e-5, rel=rounding), (name, key)
         measured = [json.loads((run / "eval_results.json").read_text()) for run in (tmp_path / name, alone)]
         assert measured[0] == pytest.approx(measured[1], abs=1e-3)
 
