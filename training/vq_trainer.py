@@ -43,11 +43,11 @@ from .collators import (
 )
 from .decoder_tuning import FrozenCodebook, freeze_codes, require_same_codes
 from .discriminator import AdaptiveWeight, PatchDiscriminator
-from .evaluation import ReconstructionMeter, picture_rows
 from .health import HealthWatch, latent_measures
 from .losses import RECONSTRUCTION_LOSSES
-from .perceptual import PerceptualDistance
+from .perceptual import DISTANCES, perceptual_loss
 from .quantizers import ESTIMATORS, NORMS, QUANTIZERS, Quantizer, forget_rows
+from .reconstruction import ReconstructionMeter, picture_rows
 from .runs import checkpoint_to_resume, load_tensors, require_finite, save_arguments, save_beside
 from .weight_average import WeightAverage
 
@@ -126,8 +126,9 @@ class VQTrainingArguments(TrainingArguments):
         default="l1", metadata={"help": "Multi-scale absolute error, or squared error."}
     )
     commitment_weight: float = field(default=0.25, metadata={"help": "Weight of the commitment loss."})
-    perceptual_weight: float = field(
-        default=0.0, metadata={"help": "Weight of the EfficientNet-Lite0 feature loss; 0 for none."}
+    perceptual_weight: float = field(default=0.0, metadata={"help": "Weight of the perceptual loss; 0 for none."})
+    perceptual_network: Literal["auto", "lpips", "efficientnet_lite0"] = field(
+        default="auto", metadata={"help": "What the perceptual loss is; auto: the first of them that can be had."}
     )
     adversarial_weight: float = field(
         default=0.0, metadata={"help": "Weight of the adversarial loss next to the others; 0 for no discriminator."}
@@ -181,7 +182,7 @@ class VQTrainingArguments(TrainingArguments):
         super().__post_init__()
         self._settle_architecture()
         choices = {"quantizer": QUANTIZERS, "codebook_norm": NORMS, "gradient_estimator": ESTIMATORS}
-        choices |= {"reconstruction_loss": RECONSTRUCTION_LOSSES}
+        choices |= {"reconstruction_loss": RECONSTRUCTION_LOSSES, "perceptual_network": ("auto", *DISTANCES)}
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"--{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
@@ -238,7 +239,8 @@ class VQTrainingModel(nn.Module):
     Attributes:
         progress: share of the training steps that are done; the trainer keeps it.
         average: the averaged tokenizer; None without averaging.
-        discriminator, perceptual: None where their weight is 0.
+        discriminator: None where its weight is 0.
+        perceptual: the perceptual loss; None where its weight is 0, or there is none to be had.
     """
 
     def __init__(self, vq: UniTokVQModel, codebook_state: Quantizer, args: VQTrainingArguments):
@@ -254,7 +256,7 @@ class VQTrainingModel(nn.Module):
         self.progress = 0.0
         self.discriminator = PatchDiscriminator(args.discriminator_layers) if args.adversarial_weight else None
         self.adaptive_weight = AdaptiveWeight() if args.adversarial_weight else None
-        self.perceptual = PerceptualDistance() if args.perceptual_weight else None
+        self.perceptual = perceptual_loss(args.perceptual_network) if args.perceptual_weight else None
         if self.discriminator is not None:  # what the last convolution of the decoder sees, for the adaptive weight
             vq.decoder.conv_out.register_forward_pre_hook(
                 lambda module, inputs: setattr(self, "last_features", inputs[0].detach())
@@ -293,8 +295,8 @@ class VQTrainingModel(nn.Module):
     def _reconstruction(self, sample: torch.Tensor, pixels: torch.Tensor, terms: dict) -> torch.Tensor:
         terms["reconstruction"] = loss = RECONSTRUCTION_LOSSES[self.args.reconstruction_loss](sample, pixels)
         if self.perceptual is not None:
-            terms["perceptual"] = self.perceptual(sample, pixels)
-            loss = loss + self.args.perceptual_weight * terms["perceptual"]
+            terms[self.perceptual.name] = distance = self.perceptual(sample, pixels).mean()
+            loss = loss + self.args.perceptual_weight * distance
         return loss
 
     def _adversarial(self, sample: torch.Tensor, pixels: torch.Tensor, terms: dict) -> torch.Tensor:
