@@ -4,7 +4,10 @@ The libraries read these switches when they are imported, so they are set before
 """
 
 import os
+import subprocess
+import sys
 import tempfile
+from pathlib import Path
 
 
 hub_cache = tempfile.TemporaryDirectory(prefix="unitok-hf-tests-")
@@ -32,6 +35,27 @@ from unitok_hf import (  # noqa: E402
     add_special_tokens,
 )
 from unitok_hf.training.gpt_trainer import train_text_tokenizer  # noqa: E402
+
+
+ROOT = Path(__file__).resolve().parent.parent
+TWO_PROCESSES = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+# Runs command lines that come as JSON; when a tokenizer has been trained, each process keeps all that it remembers.
+PER_RANK = """
+import json, sys
+from safetensors.torch import save_file
+from unitok_hf.training import vq_trainer
+from unitok_hf_cli import main
+
+
+def keep(self, args, state, control, model, **_):
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    save_file(tensors, f"{args.output_dir}/rank{args.process_index}.safetensors")
+
+
+vq_trainer.CodebookCallback.on_train_end = keep
+for argv in json.loads(sys.argv[1]):
+    main(argv)
+"""
 
 
 CAPTIONS = [f"a {colour} {shape}" for colour in ("red", "green", "blue", "black") for shape in ("circle", "square")]
@@ -107,3 +131,19 @@ def parquet(tmp_path, pictures, captions) -> str:
     rows = datasets.Dataset.from_dict({"image": pictures, "text": captions}, features=features)
     rows.to_parquet(str(tmp_path / "pictures.parquet"))
     return str(tmp_path / "pictures.parquet")
+
+
+def run_program(command: list[str]) -> None:
+    """Runs a program on this checkout, with as many threads as here: sums of floats depend on them."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def flags(arguments: dict) -> list[str]:
+    """Arguments as a command line has them."""
+    words = []
+    for name, value in arguments.items():
+        if value is not None:
+            words += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+    return words

@@ -3,9 +3,7 @@
 import argparse
 import json
 import math
-import os
 import shutil
-import subprocess
 import sys
 from functools import cache
 from pathlib import Path
@@ -14,6 +12,7 @@ import datasets
 import diffusers
 import pytest
 import torch
+from conftest import PER_RANK, TWO_PROCESSES, flags, run_program
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoProcessor, AutoTokenizer, NanoChatForCausalLM
@@ -154,22 +153,6 @@ def test_a_resumed_model_is_the_one_that_was_never_stopped(
     require_equal_runs(run, tmp_path / "run")
 
 
-def run_program(command: list[str]) -> None:
-    """Runs a program on this checkout, with as many threads as here: sums of floats depend on them."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-
-
-def flags(arguments: dict) -> list[str]:
-    """Arguments as a command line has them."""
-    words = []
-    for name, value in arguments.items():
-        if value is not None:
-            words += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
-    return words
-
-
 def test_a_fresh_process_resumes_both_bit_for_bit(tokenizer_run, gpt_run, image_tokenizer, data, tmp_path):
     commands = []
     for name, command, run, own in (
@@ -184,24 +167,6 @@ def test_a_fresh_process_resumes_both_bit_for_bit(tokenizer_run, gpt_run, image_
     require_equal_runs(gpt_run, tmp_path / "model")
 
 
-PER_RANK = """
-import json, sys
-from safetensors.torch import save_file
-from unitok_hf.training import vq_trainer
-from unitok_hf_cli import main
-
-
-def keep(self, args, state, control, model, **_):
-    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    save_file(tensors, f"{args.output_dir}/rank{args.process_index}.safetensors")
-
-
-vq_trainer.CodebookCallback.on_train_end = keep
-for argv in json.loads(sys.argv[1]):
-    main(argv)
-"""
-
-
 def test_two_processes_train_as_one(tokenizer_run, gpt_run, image_tokenizer, data, tmp_path):
     """Two batches of two, as one batch of four: the same losses, and the same codebook on both."""
     (tmp_path / "program.py").write_text(PER_RANK)
@@ -209,8 +174,7 @@ def test_two_processes_train_as_one(tokenizer_run, gpt_run, image_tokenizer, dat
     tokenizer = common | TINY_VQ | {"continuous_fraction": 0.3, "output_dir": tmp_path / "tokenizer"}
     model = common | TINY_GPT | {"visual_tokenizer_path": image_tokenizer, "output_dir": tmp_path / "model"}
     argument = json.dumps([["train-tokenizer", *flags(tokenizer)], ["train", *flags(model)]])
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    run_program([*launcher, str(tmp_path / "program.py"), argument])
+    run_program([*TWO_PROCESSES, str(tmp_path / "program.py"), argument])
     ranks = [load_file(tmp_path / f"tokenizer/rank{rank}.safetensors") for rank in (0, 1)]
     assert [name for name in ranks[0] if not torch.equal(ranks[0][name], ranks[1][name])] == []
     assert (ranks[0]["codebook_state.updates"], ranks[0]["codebook_state.tokens"]) == (4, 4 * 16)

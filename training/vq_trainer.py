@@ -267,6 +267,7 @@ class VQTrainingModel(nn.Module):
         """The tokenizer that is evaluated and saved: the averaged one, where there is one."""
         return self.vq if self.average is None else self.average.vq
 
+    @torch.compiler.disable(recursive=False)
     def forward(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
         """Losses of pictures (B, 3, H, W) in [-1, 1]: `loss`, and its terms and health by name, without gradient."""
         latents = self._encode(pixel_values)  # (B, d, h, w)
