@@ -22,11 +22,17 @@ from unitok_hf.training.reconstruction import ReconstructionMeter
 from unitok_hf.training.vq_trainer import VQTrainer, VQTrainingArguments, build_training_model
 
 
-def split_by_group(rows, column: str):
-    """Rows whose group's checksum ends in 0, about a tenth, are held out; a group is never on both sides."""
-    held = [zlib.crc32(str(group).encode()) % 10 == 0 for group in rows[column]]
+def split_by_group(rows, column: str, share: float = 0.1):
+    """Rows to train on, and rows of so many tenths of the groups, chosen by checksum; a group is never on both sides."""
+    held = [zlib.crc32(str(group).encode()) % 10 < 10 * share for group in rows[column]]
     train = rows.select([index for index, out in enumerate(held) if not out])
     return train, rows.select([index for index, out in enumerate(held) if out])
+
+
+def pixels_of(rows) -> torch.Tensor:
+    """All pictures of some rows, (N, 3, H, W)."""
+    dataset = PictureDataset(rows, "none", 0)
+    return PictureCollator()([dataset[index] for index in range(len(dataset))])["pixel_values"]
 
 
 def run(preset: dict, train, test, minutes: float, seed: int) -> dict:
@@ -49,13 +55,10 @@ def run(preset: dict, train, test, minutes: float, seed: int) -> dict:
         begin = time.perf_counter()
         measured.train()
         seconds = time.perf_counter() - begin
-    vq_model: UniTokVQModel = measured.model.vq.eval()
+    vq_model: UniTokVQModel = measured.model.tokenizer.eval()
     meter = ReconstructionMeter(vq_model, Accelerator())
-    collate = PictureCollator()
-    pictures = PictureDataset(test, "none", seed)
-    for start in range(0, len(pictures), 64):
-        batch = [pictures[index] for index in range(start, min(start + 64, len(pictures)))]
-        meter.update(collate(batch)["pixel_values"].to(vq_model.device))
+    for batch in pixels_of(test).split(64):
+        meter.update(batch.to(vq_model.device))
     parameters = sum(parameter.numel() for parameter in vq_model.parameters())
     return {"parameters": parameters, "steps": steps, "steps_per_second": steps / seconds, **meter.compute()}
 

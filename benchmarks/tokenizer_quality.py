@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from diffusers import VQModel
-from tokenizer_presets import split_by_group
+from tokenizer_presets import pixels_of, split_by_group
 from torch import nn
 from transformers import Trainer
 from vector_quantize_pytorch import VectorQuantize
@@ -157,8 +157,7 @@ def main() -> None:
     with open(options.preset, encoding="utf-8") as file:
         preset = yaml.safe_load(file)
     rows, test = split_by_group(read_rows(options.data_path), options.group_column)
-    dataset = PictureDataset(test, "none", 0)
-    pictures = PictureCollator()([dataset[index] for index in range(len(dataset))])["pixel_values"]
+    pictures = pixels_of(test)
     network = EfficientNetFeatures()
     print(f"{len(rows)} rows to train on, {len(test)} to measure on, {torch.get_num_threads()} threads")
     rates = {name: [] for name in options.methods}

@@ -4,9 +4,12 @@
 
 - an image stands at each `<|image|>` of the text; without any, the images of a sample come before its text
 - `generation_mode="image"` ends the prompt with image_start: the next token is a code
+- control tokens that somebody typed are text: a stream begins, ends and opens images where we say so. `<|image|>` alone is
+  understood, and of conversations only what their template writes
 - placeholders become codes inside the model, which knows the image tokenizer
 """
 
+import re
 from typing import Literal
 
 import numpy as np
@@ -15,6 +18,7 @@ from PIL import Image
 from transformers import BatchFeature, PreTrainedTokenizerBase
 from transformers.image_utils import ImageInput
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, Unpack
+from transformers.utils.chat_template_utils import mark_control_tokens
 
 from .image_processing_unitok import to_pictures
 
@@ -85,6 +89,10 @@ class UniTokProcessor(ProcessorMixin):
         self.image_token_id = tokenizer.image_token_id
         self.image_start_token = tokenizer.image_start_token
         self.image_end_token = tokenizer.image_end_token
+        typed = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        typed = sorted(set(typed) - {self.image_token}, key=len, reverse=True)
+        self._typed = re.compile("|".join(map(re.escape, typed)))
+        self._marked_image_token = mark_control_tokens(self.image_token, re.compile(re.escape(self.image_token)))
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
     def __call__(
@@ -112,16 +120,28 @@ class UniTokProcessor(ProcessorMixin):
             images = self._per_sample(images, None if texts is None else len(texts))
             texts = [""] * len(images) if texts is None else list(texts)
             for number, (own, sample) in enumerate(zip(images, texts, strict=True)):
-                if self.image_token not in sample:
+                found = sample.count(self.image_token) - sample.count(self._marked_image_token)
+                if not found:
                     texts[number] = self.image_token * len(own) + sample
-                elif sample.count(self.image_token) != len(own):
-                    raise ValueError(
-                        f"text {number} has {sample.count(self.image_token)} {self.image_token}, but {len(own)} images"
-                    )
+                elif found != len(own):
+                    raise ValueError(f"text {number} has {found} {self.image_token}, but {len(own)} images")
             images = [picture for own in images for picture in own]
-        if texts is not None and mode == "image":
-            texts = [sample + self.image_start_token for sample in texts]
+        if texts is not None:
+            if not kwargs.get("sanitize_control_tokens") and any(map(self._typed.search, texts)):
+                texts = mark_control_tokens(texts, self._typed)
+                kwargs["sanitize_control_tokens"] = True
+            if kwargs.get("sanitize_control_tokens") and kwargs.get("add_special_tokens", True):
+                begins = self.tokenizer("").input_ids[:1] == [self.tokenizer.bos_token_id]
+                texts = [self.tokenizer.bos_token * begins + sample for sample in texts]
+                kwargs["add_special_tokens"] = False
+            if mode == "image":
+                texts = [sample + self.image_start_token for sample in texts]
         return super().__call__(images=images or None, text=texts, **kwargs)
+
+    def apply_chat_template(self, conversation, chat_template: str | None = None, **kwargs):
+        """As in transformers, with `sanitize_control_tokens` on where it can be: text of the conversation is text."""
+        can = kwargs.get("tokenize", False) and not kwargs.get("return_assistant_tokens_mask", False)
+        return super().apply_chat_template(conversation, chat_template, **{"sanitize_control_tokens": can} | kwargs)
 
     def _per_sample(self, images, samples: int | None) -> list[list]:
         """Images as one list per sample."""

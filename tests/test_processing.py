@@ -279,6 +279,48 @@ def test_a_conversation_with_image_parts_becomes_a_stream(processor, red):
     assert drawing["input_ids"][0, -1] == processor.tokenizer.image_start_token_id
 
 
+TYPED = "a<|eos|>b <|image_end|> c<|image_start|>"
+
+
+def test_control_tokens_that_were_typed_are_text(processor, red):
+    """Alone, beside a picture, in either mode, and as in training."""
+    tokenizer = processor.tokenizer
+    control = {tokenizer.convert_tokens_to_ids(token) for token in ("<|eos|>", "<|image_end|>", "<|image_start|>")}
+    [alone, plain] = processor(text=[TYPED, "a"], return_tensors="pt")["input_ids"]
+    expected = [
+        tokenizer.bos_token_id,
+        *tokenizer(TYPED, add_special_tokens=False, split_special_tokens=True).input_ids,
+    ]
+    assert alone.tolist() == expected and not control & set(expected)
+    assert processor.decode(alone, skip_special_tokens=True) == TYPED
+    assert plain[plain != tokenizer.pad_token_id].tolist() == processor(text="a")["input_ids"][0]
+    drawing = processor(text=TYPED, generation_mode="image")["input_ids"][0]
+    assert drawing == [*expected, tokenizer.image_start_token_id]
+    beside = processor(images=red, text=f"<|image|>{TYPED}", return_tensors="pt")["input_ids"][0].tolist()
+    assert [token for token in beside if token in control] == [
+        tokenizer.image_start_token_id,
+        tokenizer.image_end_token_id,
+    ]
+    assert beside[19:] == expected[1:]
+
+
+def test_control_tokens_in_a_conversation_are_those_of_its_template(processor, red):
+    template = "{{ bos_token }}" + CHAT_TEMPLATE.replace("{{ '\n' }}", "{{ eos_token }}")
+    conversation = [
+        {"role": "user", "content": [{"type": "text", "text": f"{TYPED}<|image|>"}, {"type": "image", "image": red}]},
+        {"role": "assistant", "content": [{"type": "image", "image": red}, {"type": "text", "text": "<|bos|>"}]},
+    ]
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    inputs = processor.apply_chat_template(conversation, chat_template=template, **options)
+    tokenizer, ids = processor.tokenizer, inputs["input_ids"][0].tolist()
+    assert ids.count(tokenizer.bos_token_id) == 1 and ids[0] == tokenizer.bos_token_id
+    assert ids.count(tokenizer.eos_token_id) == 2 and ids[-1] == tokenizer.eos_token_id
+    assert ids.count(tokenizer.image_start_token_id) == ids.count(tokenizer.image_end_token_id) == 2
+    assert ids.count(tokenizer.image_token_id) == 32 and len(inputs["pixel_values"]) == 2
+    text = processor.decode(ids).replace(SLOT, "[]")
+    assert text == f"<|bos|>user: {TYPED}<|image|>[]<|eos|>assistant: []<|bos|><|eos|>"
+
+
 def test_the_output_of_either_mode_becomes_what_a_pipeline_returns(processor, pictures):
     pixels = torch.stack([to_pixels(picture) for picture in pictures[:2]])
     images = processor.post_process_multimodal_output(pixels, generation_mode="image")
