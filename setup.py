@@ -6,7 +6,7 @@ Names and tools are in pyproject.toml, the exact versions that were tested toget
 from setuptools import setup
 
 
-FOLDERS = ("modeling_unitok", "configuration", "processing", "training")
+FOLDERS = ("modeling_unitok", "configuration", "processing", "training", "model_cards")
 
 NEEDS = [
     "torch>=2.9",  # the first with torch.optim.Muon; tested with 2.13

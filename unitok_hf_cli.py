@@ -53,6 +53,7 @@ COMMANDS = {
     ),
     "generate": Command("write and draw with a trained model", "training.generate", "GenerateArguments", "generate"),
     "evaluate": Command("measure a tokenizer or a model", "training.evaluation", "EvaluateArguments", "evaluate"),
+    "push": Command("share a model, a tokenizer or data on the Hub", "training.push", "PushArguments", "push"),
     "demo": Command("all of this on handwritten digits, in minutes", "training.demo", "DemoArguments", "demo"),
 }
 
@@ -118,7 +119,11 @@ def add_arguments(parser: Parser, command: Command) -> dict[str, "Field"]:
     trains = "TrainingArguments" in map(ast.unparse, definition.bases)
 
     parser.description = ast.get_docstring(definition).split("\n\n")[0]
-    required = [f"--{name} {field.metavar}" for name, field in own.items() if not field.default]
+    required = [
+        field.name.upper() if field.positional else f"--{name} {field.metavar}"
+        for name, field in own.items()
+        if not field.default
+    ]
     parser.usage = " ".join(["%(prog)s", *["[CONFIG_FILE]"] * trains, *required, "[--flag VALUE ...]"])
     for field in own.values():
         add_flag(parser, field, field.description)
@@ -139,7 +144,10 @@ def add_arguments(parser: Parser, command: Command) -> dict[str, "Field"]:
 
 
 def add_flag(parser: argparse._ActionsContainer, field: "Field", help: str) -> None:
-    """A bool's flag may stand alone, which means true; a list's takes several values."""
+    """A bool's flag may stand alone, which means true; a list's takes several values; some stand without a flag."""
+    if field.positional:
+        parser.add_argument(field.name, metavar=field.name.upper(), nargs="?", help=help.replace("%", "%%"))
+        return
     names = [alias for alias, name in ALIASES.items() if name == field.name] + [field.name]
     options = {}
     if "bool" in field.kinds:
@@ -171,7 +179,8 @@ def read_arguments(parser: Parser, fields: dict[str, "Field"], argv: list[str]) 
         values = read_file(Path(values.pop("config_file")), fields) | values
     for field in fields.values():
         if not field.default and field.name not in values:
-            raise ValueError(f"--{field.name} is missing: {field.help}")
+            name = field.name.upper() if field.positional else f"--{field.name}"
+            raise ValueError(f"{name} is missing: {field.help}")
     return values
 
 
@@ -231,12 +240,14 @@ class Field(NamedTuple):
         kinds: the alternatives of the annotation; `list[str] | None` is ["list[str]", "None"].
         default: source text; "" if a value must be given.
         help: "" if the source has no plain text there.
+        positional: whether it is given by its place, without a flag.
     """
 
     name: str
     kinds: list[str]
     default: str
     help: str
+    positional: bool = False
 
     @property
     def is_list(self) -> bool:
@@ -277,7 +288,7 @@ def read_fields(definition: ast.ClassDef) -> dict[str, Field]:
     fields = {}
     for node in definition.body:
         if isinstance(node, ast.AnnAssign):
-            default, help = node.value, ""
+            default, help, positional = node.value, "", False
             if isinstance(default, ast.Call):  # field(default=..., metadata={"help": ...})
                 options = {keyword.arg: keyword.value for keyword in default.keywords}
                 factory = options.get("default_factory")
@@ -286,8 +297,10 @@ def read_fields(definition: ast.ClassDef) -> dict[str, Field]:
                 for key, value in zip(metadata.keys, metadata.values, strict=True):
                     if key.value == "help" and isinstance(value, ast.Constant):
                         help = value.value
+                    if key.value == "positional":
+                        positional = value.value
             name, kinds = node.target.id, alternatives(node.annotation)
-            fields[name] = Field(name, kinds, ast.unparse(default) if default else "", help)
+            fields[name] = Field(name, kinds, ast.unparse(default) if default else "", help, positional)
     return fields
 
 

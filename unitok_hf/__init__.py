@@ -24,6 +24,7 @@ if (_CHECKOUT / "modeling_unitok").is_dir():
 
 from .configuration.configuration_unitok import UniTokConfig
 from .configuration.vocabulary_unitok import VisualVocabulary
+from .hub import save_remote_code
 from .modeling_unitok.generation_unitok import Segment
 from .modeling_unitok.modeling_unitok import UniTokForConditionalGeneration, UniTokModel
 from .modeling_unitok.modeling_vq import UniTokVQModel
@@ -53,4 +54,5 @@ __all__ = [
     "UniTokVQModel",
     "VisualVocabulary",
     "add_special_tokens",
+    "save_remote_code",
 ]

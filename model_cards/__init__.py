@@ -1,0 +1,1 @@
+"""Templates of model cards, filled by `training.cards`."""
