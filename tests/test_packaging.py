@@ -16,7 +16,7 @@ import pytest
 
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("modeling_unitok", "configuration", "processing", "training")
+FOLDERS = ("modeling_unitok", "configuration", "processing", "training", "model_cards")
 MODEL_SIDE = ("modeling_unitok", "configuration", "processing")
 SOURCES = sorted(path for folder in (*FOLDERS, "unitok_hf") for path in (ROOT / folder).rglob("*.py"))
 OTHERS = sorted(
@@ -98,7 +98,8 @@ def test_the_wheel_holds_our_package_and_nothing_else(built):
         [entry_points] = [archive.read(name) for name in archive.namelist() if name.endswith("entry_points.txt")]
     ours = {path.relative_to(ROOT) for path in SOURCES}
     ours = {str(path if path.parts[0] == "unitok_hf" else "unitok_hf" / path) for path in ours}
-    assert names == {"unitok_hf_cli.py", "unitok_hf/py.typed", *ours}
+    cards = {f"unitok_hf/model_cards/{path.name}" for path in (ROOT / "model_cards").glob("*.md")}
+    assert cards and names == {"unitok_hf_cli.py", "unitok_hf/py.typed", *ours, *cards}
     assert entry_points.decode().split("\n")[:2] == ["[console_scripts]", "unitok-hf = unitok_hf_cli:main"]
 
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from unitok_hf import UniTokVQModel
 from unitok_hf.modeling_unitok.modeling_vq import nearest_codes
 from unitok_hf.training.collators import PictureCollator, PictureDataset, read_rows
+from unitok_hf.training.losses import RECONSTRUCTION_LOSSES
 from unitok_hf.training.quantizers import QUANTIZERS
 from unitok_hf.training.vq_trainer import VQTrainer, VQTrainingArguments, build_training_model, train_tokenizer
 from unitok_hf.training.weight_average import WeightAverage
@@ -260,3 +261,9 @@ def test_the_train_step_can_be_compiled(colours, tmp_path, caplog):
         history = json.loads((tmp_path / name / "checkpoint-4/trainer_state.json").read_text())["log_history"]
         found.append([entry["loss"] for entry in history if "loss" in entry])
     assert found[0] == pytest.approx(found[1], abs=1e-4)
+
+
+def test_the_reconstruction_losses_of_an_error_that_is_known():
+    pixels = torch.zeros(2, 3, 8, 8)
+    values = {name: loss(pixels + 0.5, pixels).item() for name, loss in RECONSTRUCTION_LOSSES.items()}
+    assert values == pytest.approx({"l1": 0.5 * (1 + 0.5 + 0.5), "l2": 4 * 0.25, "l1_l2": 4 * 0.25 + 0.5})

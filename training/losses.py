@@ -4,6 +4,8 @@
   terms weigh colours and shapes against the pixel noise that few tokens cannot hold anyway
 - l2: the squared error, which is what PSNR measures; where it is large it has the larger gradient, and a short training
   gets further with it
+- l1_l2: the squared error and the absolute one: the first for PSNR, the second for flat colours, which the squared error
+  leaves noisy, as it hardly has a gradient where little is missing
 """
 
 import torch
@@ -33,4 +35,9 @@ def squared_error(reconstruction: torch.Tensor, pixels: torch.Tensor) -> torch.T
     return 4 * F.mse_loss(reconstruction, pixels)
 
 
-RECONSTRUCTION_LOSSES = {"l1": multi_scale_l1, "l2": squared_error}
+def both_errors(reconstruction: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
+    """`squared_error` and the mean absolute error of pictures (B, 3, H, W) in [-1, 1], scalar."""
+    return squared_error(reconstruction, pixels) + F.l1_loss(reconstruction, pixels)
+
+
+RECONSTRUCTION_LOSSES = {"l1": multi_scale_l1, "l2": squared_error, "l1_l2": both_errors}

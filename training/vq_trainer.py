@@ -122,8 +122,8 @@ class VQTrainingArguments(TrainingArguments):
     gradient_estimator: Literal["rotation", "straight_through"] = field(
         default="rotation", metadata={"help": "How gradients pass the lookup of a code."}
     )
-    reconstruction_loss: Literal["l1", "l2"] = field(
-        default="l1", metadata={"help": "Multi-scale absolute error, or squared error."}
+    reconstruction_loss: Literal["l1", "l2", "l1_l2"] = field(
+        default="l1", metadata={"help": "Multi-scale absolute error, squared error, or absolute and squared error."}
     )
     commitment_weight: float = field(default=0.25, metadata={"help": "Weight of the commitment loss."})
     perceptual_weight: float = field(default=0.0, metadata={"help": "Weight of the perceptual loss; 0 for none."})
