@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForMultimodalLM,
     AutoProcessor,
 )
+from transformers.pipelines import PIPELINE_REGISTRY
 
 
 # In a source checkout the subpackages sit beside this folder; in an installed wheel they sit inside it.
@@ -28,6 +29,7 @@ from .hub import save_remote_code
 from .modeling_unitok.generation_unitok import Segment
 from .modeling_unitok.modeling_unitok import UniTokForConditionalGeneration, UniTokModel
 from .modeling_unitok.modeling_vq import UniTokVQModel
+from .modeling_unitok.pipelines_unitok import UniTokAnyToAnyPipeline, UniTokPipeline, UniTokTextToImagePipeline
 from .modeling_unitok.streaming_unitok import Piece, UniTokStreamer
 from .processing.image_processing_unitok import UniTokImageProcessor
 from .processing.processing_unitok import UniTokProcessor, add_special_tokens
@@ -41,16 +43,25 @@ for auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText,
     auto_class.register(UniTokConfig, UniTokForConditionalGeneration)
 AutoImageProcessor.register(UniTokConfig, image_processor_classes={"pil": UniTokImageProcessor})
 AutoProcessor.register(UniTokConfig, UniTokProcessor)
+PIPELINE_REGISTRY.register_pipeline(
+    "text-to-image",  # not a task of transformers
+    pipeline_class=UniTokTextToImagePipeline,
+    pt_model=AutoModelForMultimodalLM,
+    type="multimodal",
+)
 
 __all__ = [
     "Piece",
     "Segment",
+    "UniTokAnyToAnyPipeline",
     "UniTokConfig",
     "UniTokForConditionalGeneration",
     "UniTokImageProcessor",
     "UniTokModel",
+    "UniTokPipeline",
     "UniTokProcessor",
     "UniTokStreamer",
+    "UniTokTextToImagePipeline",
     "UniTokVQModel",
     "VisualVocabulary",
     "add_special_tokens",
