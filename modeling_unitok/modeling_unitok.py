@@ -378,15 +378,18 @@ class UniTokForConditionalGeneration(
         targets = labels[:, 1:].to(hidden.device)
         labelled = targets != -100
         targets = targets[labelled]  # (N,)
-        nll = sliced_cross_entropy(
-            hidden[:, :-1][labelled], targets, lambda rows: self.softcap(self.lm_head(rows)), self.config.vocab_size
-        )
         visual = self.vocabulary.is_visual(targets)
-        weights = torch.where(visual, self.config.image_loss_weight, self.config.text_loss_weight)
+        loss, nll = sliced_cross_entropy(
+            hidden[:, :-1][labelled],
+            targets,
+            torch.where(visual, float(self.config.image_loss_weight), float(self.config.text_loss_weight)),
+            lambda rows: self.softcap(self.lm_head(rows)),
+            self.lm_head.parameters(),
+            self.config.vocab_size,
+        )
         items = len(targets) if num_items_in_batch is None else num_items_in_batch
-        loss = (weights * nll).sum() / items
         text_loss, image_loss = ((nll * kind).sum() / kind.sum().clamp(min=1) for kind in (~visual, visual))
-        return loss, text_loss.detach(), image_loss.detach()
+        return loss / items, text_loss, image_loss
 
     def forward(
         self,

@@ -73,6 +73,11 @@ def overfitted(vq_model, tokenizer, pictures, captions, tmp_path_factory) -> Uni
     return model.eval()
 
 
+def uncond_prompts(tokenizer) -> torch.Tensor:
+    """Eight prompts (8, 3) with a dropped caption, as training has them; typed, `<|uncond|>` would be text."""
+    return torch.tensor([[tokenizer.bos_token_id, tokenizer.uncond_token_id, tokenizer.image_start_token_id]] * 8)
+
+
 @pytest.fixture(scope="module")
 def draw(overfitted, processor, captions):
     """Codes (8, 16) drawn from the captions in one batch."""
@@ -95,7 +100,7 @@ def test_every_caption_gives_the_exact_codes_of_its_picture(draw, codes, options
 
 
 def test_without_a_caption_the_codes_are_those_of_some_picture_but_not_of_all(overfitted, processor, codes):
-    inputs = processor(text=["<|uncond|>"] * 8, generation_mode="image", return_tensors="pt")
+    inputs = {"input_ids": uncond_prompts(processor.tokenizer)}
     drawn = overfitted.vocabulary.to_codes(overfitted.generate(**inputs, generation_mode="image"))
     assert len(drawn.unique(dim=0)) == 1
     assert (drawn[0] == codes).all(dim=1).any()
@@ -131,7 +136,7 @@ def test_left_to_itself_the_model_draws_after_a_caption_and_writes_after_a_pictu
 def test_the_codes_that_are_given_decide_how_a_picture_goes_on(overfitted, processor, codes):
     half = overfitted.vocabulary.to_ids(codes[:, :8])
     assert len(half.unique(dim=0)) == 8
-    inputs = processor(text=["<|uncond|>"] * 8, generation_mode="image", return_tensors="pt")
+    inputs = {"input_ids": uncond_prompts(processor.tokenizer)}
     prompt = torch.cat([inputs["input_ids"], half], dim=1)
     drawn = overfitted.vocabulary.to_codes(overfitted.generate(prompt, generation_mode="image"))
     assert torch.equal(drawn, codes)
