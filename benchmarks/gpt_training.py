@@ -11,7 +11,8 @@ token is one that is not padding.
 - cache: `GPTTrainer` on the Parquet of `unitok-hf encode`
 - fly:   `GPTTrainer` on pictures, encoded in every step
 
-Without --data_path the rows are handwritten digits; the image tokenizer has random weights, which costs the same.
+Without --data_path the rows are handwritten digits; the image tokenizer is that of `--preset` with random weights, which costs
+the same.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import time
 from pathlib import Path
 
 import torch
+import yaml
 from transformers import (
     DataCollatorForLanguageModeling,
     NanoChatConfig,
@@ -31,11 +33,12 @@ from transformers import (
     set_seed,
 )
 
-from unitok_hf import UniTokVQModel, add_special_tokens
+from unitok_hf import add_special_tokens
 from unitok_hf.training.collators import EpochCallback, StreamCollator, StreamDataset, read_rows
 from unitok_hf.training.data import PrepareDataArguments, prepare_data
 from unitok_hf.training.gpt_trainer import GPTTrainer, GPTTrainingArguments, build_model, train_text_tokenizer
 from unitok_hf.training.token_cache import EncodeArguments, encode
+from unitok_hf.training.vq_trainer import VQTrainingArguments, build_training_model
 
 
 SKIPPED = 3  # steps at the beginning that do not count
@@ -89,6 +92,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--data_path", default=None)
+    parser.add_argument("--preset", default="configs/vq-64.yaml", help="YAML file with arguments of train-tokenizer")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
@@ -107,7 +111,9 @@ def measure(options, folder: Path) -> None:
                 output_file=options.data_path,
             )
         )
-    vq_model = UniTokVQModel().eval()
+    with open(options.preset, encoding="utf-8") as file:
+        preset = VQTrainingArguments(data_path="", output_dir=str(folder / "vq"), **yaml.safe_load(file))
+    vq_model = build_training_model(preset).vq.eval()
     torch.nn.init.normal_(vq_model.codebook)
     vq_model.save_pretrained(folder / "tokenizer")
     encode(EncodeArguments(str(folder / "tokenizer"), options.data_path, str(folder / "codes")))

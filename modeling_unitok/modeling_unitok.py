@@ -134,8 +134,8 @@ class FrozenVQModel(UniTokVQModel):
     """
 
     def train(self, mode: bool = True):
-        """Evaluation mode, always."""
-        return super().train(False)
+        """Evaluation mode, always; where it is on, the Trainer's call at every step costs nothing."""
+        return super().train(False) if self.training else self
 
     def _apply(self, fn, recurse: bool = True):
         def in_full(tensor: torch.Tensor) -> torch.Tensor:

@@ -18,6 +18,7 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -255,6 +256,20 @@ class StreamTrainer(Trainer):
                 lambda rest: kind(rest, **options),
             )
         return super().create_optimizer(model)
+
+    @cached_property
+    def weights_per_token(self) -> int:
+        """Parameters that every token meets: not the embeddings, nor the image tokenizer, which sees pictures."""
+        embeddings = self.model.get_input_embeddings().weight
+        return sum(
+            weight.numel()
+            for name, weight in self.model.named_parameters()
+            if weight is not embeddings and "vqmodel" not in name
+        )
+
+    def floating_point_ops(self, inputs: dict[str, torch.Tensor]) -> int:
+        """Forward and backward, for the log; counted once, where the Trainer counts at every step."""
+        return 6 * inputs["input_ids"].numel() * self.weights_per_token
 
     def terms(self, loss: torch.Tensor, outputs) -> dict[str, torch.Tensor]:
         """What to show when the loss is not finite."""
