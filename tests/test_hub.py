@@ -266,3 +266,50 @@ def test_code_is_added_to_a_saved_model_only(tmp_path, released):
             line for line in path.read_text().splitlines() if line.lstrip().startswith(("from ", "import "))
         )
     assert not [name for name in os.listdir(released) if name.startswith(".")]
+
+
+def test_a_training_run_pushes_what_it_has_made(hub, parquet, tmp_path):
+    """Both trainers, by the Trainer's own flags."""
+    common = [
+        "--data_path",
+        parquet,
+        "--eval_data_path",
+        parquet,
+        "--max_steps",
+        "4",
+        "--batch_size",
+        "4",
+        "--use_cpu",
+        "true",
+    ]
+    common += ["--push_to_hub", "true", "--hub_strategy", "end", "--save_strategy", "no", "--eval_strategy", "no"]
+    vq = ["--block_out_channels", "32", "32", "32", "--latent_channels", "8", "--num_vq_embeddings", "32"]
+    vq += ["--continuous_fraction", "0.3", "--output_dir", tmp_path / "vq", "--hub_model_id", "me/vq"]
+    gpt = [
+        "--depth",
+        "1",
+        "--hidden_size",
+        "64",
+        "--visual_tokenizer_path",
+        tmp_path / "vq",
+        "--text_vocab_size",
+        "300",
+    ]
+    gpt += ["--output_dir", tmp_path / "gpt", "--hub_model_id", "me/gpt", "--hub_private_repo", "true"]
+    run(hub, tmp_path / "vq-home", CLI, "train-tokenizer", *common, *vq)
+    run(hub, tmp_path / "gpt-home", CLI, "train", *common, *gpt)
+    files = hub.repositories["model", "me/vq"].files()
+    assert set(files) - {".gitattributes"} == {"config.json", "diffusion_pytorch_model.safetensors", "README.md"}
+    gpt = hub.repositories["model", "me/gpt"]
+    files = gpt.files()
+    assert gpt.private and {
+        "model.safetensors",
+        "processor_config.json",
+        "modeling_unitok.py",
+        "samples/7.png",
+    } <= set(files)
+    assert not [name for name in files if "optimizer" in name or name.startswith(("checkpoint", "training_"))]
+    about = ModelCard(files["README.md"].decode())
+    assert {result.metric_type for result in about.data.eval_results} >= {"image_bits", "text_bits"}
+    assert about.data.widget[0]["output"]["url"] == "samples/0.png" and "<Gallery />" in about.text
+    assert str(tmp_path) not in about.text and 'from_pretrained("me/gpt")' in about.text

@@ -5,7 +5,7 @@
     training_args.json            arguments; of paths only the last part is told
     samples/                      the newest drawings of the evaluation prompts, cut apart for the gallery
 
-The templates are in model_cards/. A card that is there already is somebody's work and stays.
+The templates are in model_cards/. Cards are made when a model is shared, as only then their snippets can call it by name.
 """
 
 import json
@@ -168,14 +168,3 @@ def _about_grid(size: int, rows: int, columns: int, codes: int) -> dict[str, obj
         "size": size, "rows": rows, "columns": columns, "tokens": tokens, "codes": codes,
         "bits": round(tokens * math.log2(codes)),
     }  # fmt: skip
-
-
-def write_card(folder: str | Path, repo: str | None = None, **options) -> None:
-    """Put the card and its gallery into a folder, unless there is a card; arguments as of `card`."""
-    folder = Path(folder)
-    if (folder / "README.md").exists():
-        return
-    text = card(folder, repo or str(folder), **options)
-    for name, (_, picture) in gallery(folder).items():
-        picture.save(folder / name)
-    (folder / "README.md").write_text(text, encoding="utf-8")

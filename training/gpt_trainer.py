@@ -58,6 +58,7 @@ from .evaluation import nats_and_tokens, stream_bits
 from .generate import load_model
 from .lora import add_lora
 from .muon import MuonWith, layer_matrices
+from .push import push_run
 from .reconstruction import picture_rows
 from .runs import checkpoint_to_resume, require_finite, save_arguments, save_beside
 from .token_cache import require_fresh
@@ -539,4 +540,6 @@ def train_gpt(args: GPTTrainingArguments) -> dict[str, float]:
         save_arguments(args, args.output_dir)
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics, combined=False)
+        if vq_model is not None:
+            push_run(trainer)
     return metrics

@@ -5,7 +5,8 @@
     Parquet             the data set of prepare-data, as `datasets.load_dataset` loads it
 
 A model or tokenizer is one commit: an upload that is cut off leaves the repository as it was, and the next one sends only
-what is missing. Checkpoints, optimizer states and arguments of the run stay at home.
+what is missing. Checkpoints, optimizer states and arguments of the run stay at home. A README.md in the folder is somebody's
+work and goes as it is; without one, a card is made.
 """
 
 import io
@@ -15,6 +16,7 @@ from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError
+from transformers import Trainer
 
 from ..configuration.configuration_unitok import UniTokConfig
 from ..hub import remote_code
@@ -95,6 +97,14 @@ def push(args: PushArguments) -> str:
         raise ValueError(f"the Hub refused {args.repo}: {str(error).strip()}") from error
     print(url)
     return url
+
+
+def push_run(trainer: Trainer) -> None:
+    """Share what a finished run has left in its folder, when `--push_to_hub` asked for that."""
+    args = trainer.args
+    if args.push_to_hub:
+        private = bool(args.hub_private_repo)
+        push(PushArguments(args.output_dir, trainer.hub_model_id, private=private, revision=args.hub_revision))
 
 
 def _push_folder(args: PushArguments, files: dict[str, Path | bytes]) -> str:

@@ -46,6 +46,7 @@ from .discriminator import AdaptiveWeight, PatchDiscriminator
 from .health import HealthWatch, latent_measures
 from .losses import RECONSTRUCTION_LOSSES
 from .perceptual import DISTANCES, perceptual_loss
+from .push import push_run
 from .quantizers import ESTIMATORS, NORMS, QUANTIZERS, Quantizer, forget_rows
 from .reconstruction import ReconstructionMeter, picture_rows
 from .runs import checkpoint_to_resume, load_tensors, require_finite, save_arguments, save_beside
@@ -644,4 +645,5 @@ def train_tokenizer(args: VQTrainingArguments) -> dict[str, float]:
         save_arguments(args, args.output_dir)
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics, combined=False)
+        push_run(trainer)
     return metrics
