@@ -8,6 +8,9 @@ through `torch.compile`, which checks that what it saw when it compiled still ho
 - any other name is a backend of `torch.compile`: "inductor" also fuses operations, which takes a C++ compiler and up to a
   minute, and is what GPUs want
 
+What a step takes are the same tensors every time, with other contents. So what `torch.compile` checks is checked at the first
+step of a call of `generate` alone; with "trace", the others are the operations of the first, run again.
+
 The mask, the cache and the position of a step are tensors of fixed shapes, so the step is compiled once per batch size and
 length of the cache, which is rounded up to a multiple of `COLUMNS`.
 """
@@ -15,6 +18,8 @@ length of the cache, which is rounded up to a multiple of `COLUMNS`.
 import functools
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
+from contextvars import ContextVar
 
 import torch
 from torch import nn
@@ -22,6 +27,9 @@ from transformers import Cache
 
 
 COLUMNS = 32
+
+# Where `trace` notes what it ran, as something to call again, and what that gave.
+RAN: ContextVar[list[tuple[Callable, tuple[torch.Tensor, ...]]] | None] = ContextVar("RAN", default=None)
 
 
 def run(language_model: nn.Module, ids: torch.LongTensor, mask, position_ids: torch.LongTensor, cache: Cache):
@@ -46,7 +54,11 @@ def trace(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message=".*torch.jit.trace", category=DeprecationWarning)
                 traced = torch.jit.trace(graph, arguments, check_trace=False, strict=False)
-        return traced(*arguments)
+        outputs = traced(*arguments)
+        ran = RAN.get()
+        if ran is not None:
+            ran.append((functools.partial(traced, *arguments), outputs))
+        return outputs
 
     return call
 
@@ -55,3 +67,35 @@ def trace(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable:
 def compiled_run(backend: str) -> Callable:
     """`run`, compiled at its first call and again for other shapes or another model."""
     return torch.compile(run, backend=trace if backend == "trace" else backend, dynamic=False)
+
+
+class CompiledStep:
+    """`run` with tensors whose contents change from call to call.
+
+    Args:
+        backend: of `compiled_run`.
+        language_model, ids, mask, position_ids, cache: as `run` takes them.
+    """
+
+    def __init__(self, backend: str, language_model: nn.Module, ids, mask, position_ids, cache: Cache):
+        self.run = functools.partial(compiled_run(backend), language_model, ids, mask, position_ids, cache)
+        self.known = False
+        self.again: Callable[[], torch.Tensor] | None = None
+
+    def __call__(self) -> torch.Tensor:
+        """Hidden states (R, D)."""
+        if self.again is not None:
+            return self.again()
+        ran: list[tuple[Callable, tuple[torch.Tensor, ...]]] = []
+        token = RAN.set(ran)
+        try:
+            with torch.compiler.set_stance(skip_guard_eval_unsafe=True) if self.known else nullcontext():
+                hidden = self.run()
+        finally:
+            RAN.reset(token)
+        self.known = True
+        if len(ran) == 1:  # the whole step is one graph
+            operations, outputs = ran[0]
+            places = [place for place, output in enumerate(outputs) if output is hidden]
+            self.again = (lambda: operations()[places[0]]) if places else None
+        return hidden

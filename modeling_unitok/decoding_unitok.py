@@ -18,7 +18,6 @@ Letters: B rows, R = B or 2B computed rows, L prompt length, T columns, V vocabu
 D hidden width.
 """
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -28,7 +27,7 @@ from transformers.cache_utils import CacheLayerMixin, DummyLayer, DynamicLayer, 
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
-from .compiled_unitok import COLUMNS, compiled_run, run
+from .compiled_unitok import COLUMNS, CompiledStep, run
 from .grammar_unitok import ImageGrammar, PerModality, image_progress
 
 
@@ -68,7 +67,7 @@ class Drawing:
         interval: the codes [first, last) of each image that are guided.
         warpers: what changes the scores of codes before one is chosen.
         do_sample, generator: see `select`.
-        compile_step: backend of `compiled_run` that runs the step; none for running it as it is.
+        compile_step: backend of `CompiledStep` that runs the step; none for running it as it is.
     """
 
     scale: float
@@ -230,7 +229,8 @@ class Branches:
         self.hide = torch.finfo(self.hidden.dtype).min
         self.mask = self.hidden.new_full((self.cache.rows, columns), self.hide)  # (2B, T), added to the scores
         self.mask[:rows, self.first : self.column] = self.hide * (attention_mask == 0)
-        self.compiled: set[int] = set()  # numbers of rows for which this has run
+        self.compiled: dict[int, CompiledStep] = {}  # by numbers of rows
+        self.ids = input_ids.new_zeros(self.cache.rows, 1)  # (2B, 1), what a compiled step reads
         self.context = None
         if begins:
             distinct, (_, seen_by) = len(contexts[0]) > 1, contexts
@@ -314,12 +314,11 @@ class Branches:
             if self.drawing.compile_step is None:
                 self.hidden = run(self.language_model, ids, mask, self.position[:rows], self.cache)
             else:
-                # what a compiled step takes for granted is checked once per call: it cannot change on the way
-                known = rows in self.compiled
-                with torch.compiler.set_stance(skip_guard_eval_unsafe=True) if known else nullcontext():
-                    step = compiled_run(self.drawing.compile_step)
-                    self.hidden = step(self.language_model, ids, mask, self.position[:rows], self.cache)
-                self.compiled.add(rows)
+                if rows not in self.compiled:
+                    tensors = (self.ids[:rows], mask, self.position[:rows], self.cache)
+                    self.compiled[rows] = CompiledStep(self.drawing.compile_step, self.language_model, *tensors)
+                self.ids[:rows] = ids
+                self.hidden = self.compiled[rows]()
         self.position += 1
 
     def code_logits(self, guided: bool | torch.BoolTensor) -> torch.FloatTensor:
