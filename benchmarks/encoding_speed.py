@@ -3,8 +3,8 @@
 python benchmarks/encoding_speed.py
 
 Random weights, random pictures of 64x64, in evaluation mode without gradients. The last row is the plain network with widths
-that give it about as many parameters as the first has. `stock` is `diffusers.VQModel` with the same
-weights: `quantize(encode(pixels).latents)`; its codes must be ours. All take turns; medians over the repetitions.
+that give it about as many parameters as the first has. `stock` is `diffusers.VQModel` with the same weights, given patches
+where there are any: `quantize(encode(patches).latents)`; its codes must be ours. All take turns; medians over the repetitions.
 """
 
 import argparse
@@ -42,9 +42,9 @@ def main() -> None:
             torch.nn.init.normal_(ours.codebook)
             ours.save_pretrained(folder)
             stock = VQModel.from_pretrained(folder).eval()
-        inside = F.pixel_unshuffle(pixels, arguments.patch_size)
 
-        def stock_codes(stock=stock, inside=inside) -> torch.LongTensor:
+        def stock_codes(stock=stock, patch=arguments.patch_size) -> torch.LongTensor:
+            inside = F.pixel_unshuffle(pixels, patch) if patch > 1 else pixels
             return stock.quantize(stock.encode(inside).latents)[2][2]
 
         with torch.no_grad():

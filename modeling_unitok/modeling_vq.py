@@ -378,14 +378,17 @@ class UniTokVQModel(VQModel):
         return sample
 
     def _to_network(self, pixels: torch.Tensor) -> torch.Tensor:
-        """What the first convolution takes, (B, 3p², H/p, W/p) in `pixel_range`; exact where that is [-1, 1]."""
+        """What the first convolution takes, (B, 3p², H/p, W/p) in `pixel_range`."""
         low, high = self.config.pixel_range
-        return F.pixel_unshuffle(pixels * ((high - low) / 2) + (high + low) / 2, self.config.patch_size)
+        if (low, high) != (-1, 1):
+            pixels = pixels * ((high - low) / 2) + (high + low) / 2
+        return F.pixel_unshuffle(pixels, self.config.patch_size) if self.config.patch_size > 1 else pixels
 
     def _from_network(self, sample: torch.Tensor) -> torch.Tensor:
         """The inverse of `_to_network`."""
         low, high = self.config.pixel_range
-        return (F.pixel_shuffle(sample, self.config.patch_size) - (high + low) / 2) / ((high - low) / 2)
+        pixels = F.pixel_shuffle(sample, self.config.patch_size) if self.config.patch_size > 1 else sample
+        return pixels if (low, high) == (-1, 1) else (pixels - (high + low) / 2) / ((high - low) / 2)
 
     @torch.no_grad()
     def encode_to_indices(self, pixel_values: torch.Tensor) -> torch.LongTensor:
