@@ -20,7 +20,7 @@ import torch
 from diffusers import VQModel
 from diffusers.utils import logging
 
-from .modeling_vq import UniTokVQModel, nearest_codes
+from .modeling_vq import UniTokVQModel, full_fp32, nearest_codes
 
 
 RANDOM_LATENTS = 100_000
@@ -78,8 +78,9 @@ def require_equal(
     rows = torch.cat([random, real])  # (N, d)
     expected = lookup(rows) if lookup else nearest_codes(rows, model.codebook)
     blocks = rows.split(max(1, DISTANCE_BYTES // (4 * model.config.num_vq_embeddings)))
-    found = torch.cat([stock.quantize(block.T[None, :, :, None])[2][2] for block in blocks])
-    share = (found == expected).double().mean().item()
+    with full_fp32(rows.device):
+        found = torch.cat([stock.quantize(block.T[None, :, :, None])[2][2] for block in blocks])
+    share = (found == expected).float().mean().item()
     if not share >= SAME_CODES:
         raise ExportError(
             f"stock diffusers gives the same code to {share:.4%} of {len(rows):,} latents, {SAME_CODES:.2%} are needed; "

@@ -53,7 +53,7 @@ def nearest_codes(latents: torch.Tensor, codebook: torch.Tensor) -> torch.LongTe
     Returns:
         (N,) int64 in [0, K).
     """
-    with torch.autocast(latents.device.type, enabled=False), _no_tf32(latents.device):
+    with torch.autocast(latents.device.type, enabled=False), full_fp32(latents.device):
         codebook = codebook.detach().float()
         centre = codebook.mean(dim=0)
         codebook = codebook - centre
@@ -70,12 +70,13 @@ def nearest_codes(latents: torch.Tensor, codebook: torch.Tensor) -> torch.LongTe
 
 def usage_and_perplexity(counts: torch.Tensor) -> dict[str, float]:
     """How well codes that were chosen so often (K,) use their codebook; see `UniTokVQModel.codebook_stats`."""
-    shares = counts.double() / counts.sum()
+    counts = counts.cpu().double()  # not every device has float64
+    shares = counts / counts.sum()
     entropy = -torch.special.xlogy(shares, shares).sum()
     return {"usage": (counts > 0).double().mean().item(), "perplexity": entropy.exp().item()}
 
 
-class _no_tf32:
+class full_fp32:
     """Full fp32 matrix products on CUDA inside this block, whatever the training run has chosen."""
 
     def __init__(self, device: torch.device):
@@ -83,12 +84,12 @@ class _no_tf32:
 
     def __enter__(self):
         if self.active:
-            self.before = torch.get_float32_matmul_precision()
-            torch.set_float32_matmul_precision("highest")
+            self.before = torch.backends.cuda.matmul.fp32_precision
+            torch.backends.cuda.matmul.fp32_precision = "ieee"
 
     def __exit__(self, *_):
         if self.active:
-            torch.set_float32_matmul_precision(self.before)
+            torch.backends.cuda.matmul.fp32_precision = self.before
 
 
 class CodebookQuantizer(VectorQuantizer):
@@ -296,7 +297,7 @@ class UniTokVQModel(VQModel):
         """Side of a tile and of what neighbours share, in codes.
 
         Raises:
-            ValueError: the tile is no multiple of the downsampling factor, or tiles share a half or more.
+            ValueError: the tile is no multiple of the downsampling factor, or tiles share more than a half.
         """
         if self.tile_sample_min_size < 1 or self.tile_sample_min_size % self.downsampling:
             raise ValueError(

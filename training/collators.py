@@ -97,15 +97,20 @@ def require_text(rows: datasets.Dataset, name: str) -> None:
         raise ValueError(f"the column {name!r} holds no text, but {rows.features[name]}")
 
 
-def require_size(rows: datasets.Dataset, image_size: int) -> None:
-    """Raises ValueError unless there are pictures, and the first one is a square of this size in pixels."""
+def require_images(rows: datasets.Dataset) -> tuple[int, int]:
+    """Width and height of the first picture of the rows; raises ValueError when there is none."""
     if not isinstance(rows.features.get("image"), datasets.Image):
         raise ValueError(f"the data has no column 'image' of pictures, only {', '.join(rows.column_names)}")
     picture = next((picture for picture in rows["image"] if picture is not None), None)
     if picture is None:
         raise ValueError("no row of the data has a picture")
-    if picture.size != (image_size, image_size):
-        width, height = picture.size
+    return picture.size
+
+
+def require_size(rows: datasets.Dataset, image_size: int) -> None:
+    """Raises ValueError unless there are pictures, and the first one is a square of this size in pixels."""
+    width, height = require_images(rows)
+    if (width, height) != (image_size, image_size):
         raise ValueError(
             f"the pictures are {width}x{height} pixels, not {image_size}x{image_size}; "
             f"prepare the data again with --image_size {image_size}"
@@ -177,9 +182,14 @@ class PictureDataset(EpochDataset):
 
 
 class PictureCollator:
-    """Pixels to `pixel_values` (B, 3, H, W)."""
+    """Pixels to `pixel_values` (B, 3, H, W); ValueError when they are not all of one size."""
 
     def __call__(self, pixels: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+        sizes = sorted({f"{picture.shape[2]}x{picture.shape[1]}" for picture in pixels})
+        if len(sizes) > 1:
+            raise ValueError(
+                f"the pictures of the data are not of one size, but {', '.join(sizes)}; prepare them first"
+            )
         return {"pixel_values": torch.stack(pixels)}
 
 

@@ -8,12 +8,12 @@ probability the model gave to what came; half of the streams have the image firs
 
 import json
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from ..modeling_unitok.modeling_unitok import UniTokOutput
@@ -36,19 +36,25 @@ def nats_and_tokens(outputs: UniTokOutput, labels: torch.LongTensor, image_token
 
 
 @torch.no_grad()
-def stream_bits(model, batches: Iterable[dict], accelerator: Accelerator) -> dict[str, float]:
-    """Mean negative log2-likelihood of streams.
+def stream_bits(
+    model, streams: StreamDataset, collator: StreamCollator, batch_size: int, accelerator: Accelerator
+) -> dict[str, float]:
+    """Mean negative log2-likelihood of streams, each of which is counted once, by one of the processes.
 
     Args:
-        model: a UniTok model in evaluation mode.
-        batches: as `StreamCollator` makes them; each process brings its share.
+        model: a UniTok model in evaluation mode, not wrapped for several processes.
+        streams: all of them.
+        collator: of their tokenizer.
+        batch_size: streams at once in a process.
         accelerator: of the run; sums over the processes.
 
     Returns:
         `text_bits` and `image_bits` per token (nan where there is none), and `loss` in nats per token of either kind.
     """
+    mine = Subset(streams, range(accelerator.process_index, len(streams), accelerator.num_processes))
+    batches = DataLoader(mine, batch_size, collate_fn=collator)
     sums = torch.zeros(4, dtype=torch.float64)  # on the CPU: not every device has float64
-    for batch in batches:
+    for batch in tqdm(batches, desc="evaluating", unit="batch", disable=not accelerator.is_local_main_process):
         batch = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
         sums += nats_and_tokens(model(**batch, skip_logits=True), batch["labels"], model.config.image_token_id).cpu()
     text_nats, texts, image_nats, images = accelerator.reduce(sums.float().to(accelerator.device)).tolist()
@@ -125,5 +131,4 @@ def _evaluate_model(args: EvaluateArguments, rows, accelerator: Accelerator) -> 
         augment="none",
         seed=args.seed,
     )
-    loader = torch.utils.data.DataLoader(streams, args.batch_size, collate_fn=StreamCollator(tokenizer))
-    return stream_bits(model, tqdm(accelerator.prepare(loader), desc="evaluating", unit="batch"), accelerator)
+    return stream_bits(model, streams, StreamCollator(tokenizer), args.batch_size, accelerator)

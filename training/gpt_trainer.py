@@ -272,6 +272,9 @@ class StreamTrainer(Trainer):
         """Forward and backward, for the log; counted once, where the Trainer counts at every step."""
         return 6 * inputs["input_ids"].numel() * self.weights_per_token
 
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Nothing: a run is shared when it is finished, see `push_run`."""
+
     def terms(self, loss: torch.Tensor, outputs) -> dict[str, torch.Tensor]:
         """What to show when the loss is not finite."""
         return {"loss": loss}
@@ -359,7 +362,9 @@ class GPTTrainer(StreamTrainer):
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Bits per text token and per image token over the whole set, and drawings of the prompts."""
-        found = stream_bits(self.model.eval(), self.get_eval_dataloader(eval_dataset), self.accelerator)
+        streams = self.eval_dataset if eval_dataset is None else eval_dataset
+        batch_size = self.args.per_device_eval_batch_size
+        found = stream_bits(self.model.eval(), streams, self.data_collator, batch_size, self.accelerator)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         if self.prompts and self.is_world_process_zero():
             self.draw()

@@ -74,7 +74,8 @@ class HealthWatch:
                 self._warn(
                     f"{kind} norms",
                     f"{kind}s have a mean norm of {norm:.4g}; beyond {LONG_NORM:g}, distances in fp32 pick other codes "
-                    "now and then. Raise --commitment_weight or lower --learning_rate",
+                    "now and then. Lower --learning_rate, raise --commitment_weight, or take --codebook_norm l2, whose "
+                    "latents are looked up as unit vectors",
                 )
 
     def _check_collapse(self, window: torch.Tensor) -> None:

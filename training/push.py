@@ -21,7 +21,7 @@ from transformers import Trainer
 from ..configuration.configuration_unitok import UniTokConfig
 from ..hub import remote_code
 from .cards import WEIGHTS, card, gallery
-from .collators import parquet_files, read_rows
+from .collators import read_rows
 
 
 SHARED = (
@@ -61,8 +61,9 @@ def files_to_share(folder: Path, repo: str, license: str | None) -> dict[str, Pa
     if not config.is_file():
         raise FileNotFoundError(f"no model, image tokenizer or Parquet data at {folder}")
     about = json.loads(config.read_text(encoding="utf-8"))
-    if about.get("model_type") != UniTokConfig.model_type and "_class_name" not in about:
-        raise ValueError(f"{folder} holds no UniTok model, but {about.get('model_type') or 'something else'}")
+    kind = about.get("model_type") or about.get("_class_name") or "something else"
+    if kind not in (UniTokConfig.model_type, "VQModel", "UniTokVQModel"):
+        raise ValueError(f"{folder} holds no UniTok model or image tokenizer, but {kind}")
     found: dict[str, Path | bytes] = {
         path.relative_to(folder).as_posix(): path for pattern in SHARED for path in sorted(folder.glob(pattern))
     }
@@ -70,7 +71,7 @@ def files_to_share(folder: Path, repo: str, license: str | None) -> dict[str, Pa
         raise FileNotFoundError(f"no weights in {folder}; pickles are not shared")
     if "README.md" not in found:
         found["README.md"] = card(folder, repo, license).encode()
-    if "_class_name" not in about:
+    if kind == UniTokConfig.model_type:
         found |= remote_code(folder)
         for name, (_, picture) in gallery(folder).items():
             buffer = io.BytesIO()
@@ -79,8 +80,8 @@ def files_to_share(folder: Path, repo: str, license: str | None) -> dict[str, Pa
     return found
 
 
-def push(args: PushArguments) -> str:
-    """Upload as the arguments say; prints and returns where it is now.
+def push(args: PushArguments, token: str | None = None) -> str:
+    """Upload as the arguments say, with a token or that of the login; prints and returns where it is now.
 
     Raises:
         OSError, ValueError: there is nothing to share; or the Hub said no, with its reason. Nothing has changed there.
@@ -88,9 +89,9 @@ def push(args: PushArguments) -> str:
     folder = Path(args.folder)
     try:
         if folder.is_dir() and (folder / "config.json").is_file():
-            url = _push_folder(args, files_to_share(folder, args.repo, args.license))
+            url = _push_folder(args, files_to_share(folder, args.repo, args.license), token)
         elif folder.suffix == ".parquet" or (folder.is_dir() and any(folder.glob("*.parquet"))):
-            url = _push_data(args)
+            url = _push_data(args, token)
         else:
             raise FileNotFoundError(f"no model, image tokenizer or Parquet data at {folder}")
     except HfHubHTTPError as error:
@@ -104,11 +105,11 @@ def push_run(trainer: Trainer) -> None:
     args = trainer.args
     if args.push_to_hub:
         private = bool(args.hub_private_repo)
-        push(PushArguments(args.output_dir, trainer.hub_model_id, private=private, revision=args.hub_revision))
+        push(PushArguments(args.output_dir, trainer.hub_model_id, private, args.hub_revision), args.hub_token)
 
 
-def _push_folder(args: PushArguments, files: dict[str, Path | bytes]) -> str:
-    api = HfApi()
+def _push_folder(args: PushArguments, files: dict[str, Path | bytes], token: str | None) -> str:
+    api = HfApi(token=token)
     api.create_repo(args.repo, private=args.private, exist_ok=True)
     if args.revision is not None:
         api.create_branch(args.repo, branch=args.revision, exist_ok=True)
@@ -121,10 +122,12 @@ def _push_folder(args: PushArguments, files: dict[str, Path | bytes]) -> str:
     return commit.commit_url
 
 
-def _push_data(args: PushArguments) -> str:
-    parquet_files(args.folder)
+def _push_data(args: PushArguments, token: str | None) -> str:
+    if args.license is not None:
+        raise ValueError("--license is for the card of a model; the card of a data set is written by `datasets`")
     commit = read_rows(args.folder).push_to_hub(
         args.repo,
+        token=token,
         private=args.private,
         revision=args.revision,
         commit_message=args.message or "Upload data with unitok-hf",

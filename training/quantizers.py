@@ -29,8 +29,8 @@ Two departures: `simvq` starts with the k-means centres as base and the identity
 worse; the entropy loss of `ibq` has the softmax of its gradient, not one that is a hundred times sharper, which for
 latents of unit variance would be a choice without gradient.
 
-Under several processes the latents of all ranks are gathered and every rank makes the same update from them, so that
-codebooks stay bit-identical without a broadcast.
+Under several processes the latents of all ranks are gathered and every rank makes the same update from them. Sums over
+latents, which a GPU adds up in no fixed order, are those of the first rank, so that codebooks stay bit-identical.
 
 Letters: N latents per step over all processes, K codes, d code width, R rows of the buffer.
 """
@@ -42,7 +42,7 @@ import torch.distributed
 import torch.nn.functional as F
 from torch import nn
 
-from ..modeling_unitok.modeling_vq import nearest_codes, usage_and_perplexity
+from ..modeling_unitok.modeling_vq import full_fp32, nearest_codes, usage_and_perplexity
 from .index_backpropagation import BLOCK_BYTES, IndexBackpropagation, IndexEntropy
 
 
@@ -109,6 +109,13 @@ def gather_rows(rows: torch.Tensor) -> torch.Tensor:
     parts = [torch.empty_like(rows) for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather(parts, rows.contiguous())
     return torch.cat(parts)
+
+
+def of_first_rank(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor of the first process, in place on all others."""
+    if torch.distributed.is_initialized():
+        torch.distributed.broadcast(tensor, 0)
+    return tensor
 
 
 class Quantized(NamedTuple):
@@ -277,7 +284,7 @@ class Quantizer(nn.Module):
         # centres that coincide (duplicate pictures) would share one cell of the space for ever
         spread = 0.01 * seen.std(dim=0)
         centres += spread * torch.randn(centres.shape, generator=generator).to(centres.device)
-        centres = self.candidates(centres)
+        centres = of_first_rank(self.candidates(centres).contiguous())
         shares = torch.bincount(nearest_codes(seen, centres), minlength=len(centres)) / seen.shape[0]
         self.counts.copy_(shares * self.tokens)
         self.place(codebook, torch.arange(len(centres), device=centres.device), centres)
@@ -320,7 +327,7 @@ class Quantizer(nn.Module):
         """Decay of this step: short memory while the encoder moves fast, but never so short that it holds fewer than
         twenty latents per code, below which healthy codes would look dead by chance."""
         updates = int(self.updates)
-        return min(self.decay, max(1 - mean_count / 20, (1 + updates) / (10 + updates)))
+        return max(1 - mean_count / 20, min(self.decay, (1 + updates) / (10 + updates)))
 
     def _revive(self, codebook: torch.Tensor, step: int, tokens: int) -> torch.LongTensor:
         mean_count = tokens / codebook.shape[0]
@@ -372,7 +379,7 @@ class EMACodebook(Quantizer):
         self.sums[codes] = vectors * self.counts[codes, None]
 
     def _average(self, codebook, latents, codes, decay):
-        sums = torch.zeros_like(self.sums).index_add_(0, codes, latents)
+        sums = of_first_rank(torch.zeros_like(self.sums).index_add_(0, codes, latents))
         self.sums.mul_(decay).add_(sums, alpha=1 - decay)
         alive = self.counts > 1e-8
         codebook[alive] = self.unit(self.sums[alive] / self.counts[alive, None])
@@ -409,8 +416,8 @@ class SimVQCodebook(Quantizer):
         codebook.copy_(self.unit(self.base @ self.weight.T))
 
     def place(self, codebook, codes, vectors):
-        inverse = torch.linalg.pinv(self.weight.double())
-        self.base[codes] = (vectors.double() @ inverse.T).float()
+        inverse = torch.linalg.pinv(self.weight.cpu().double())  # not every device has float64
+        self.base[codes] = (vectors.cpu().double() @ inverse.T).to(self.base)
         self.refresh(codebook)
 
 
@@ -450,7 +457,8 @@ class IBQCodebook(Quantizer):
             return super().lookup(latents, codebook)
         vectors = codebook[:, : self.width]
         blocks = latents[:, : self.width].split(max(1, BLOCK_BYTES // (4 * len(codebook))))
-        return torch.cat([(block @ vectors.T).argmax(dim=1) for block in blocks])
+        with full_fp32(latents.device):
+            return torch.cat([(block @ vectors.T).argmax(dim=1) for block in blocks])
 
     def candidates(self, rows):
         return F.normalize(rows, dim=1) * (1.0 if self.norm == "l2" else self.seen.norm(dim=1).mean())

@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from ..modeling_unitok.modeling_vq import UniTokVQModel, usage_and_perplexity
 from ..processing.image_processing_unitok import to_pictures
-from .collators import PictureCollator, PictureDataset, require_pictures, require_size
+from .collators import PictureCollator, PictureDataset, require_images, require_pictures
 from .frechet import EXTRACTORS, Moments, frechet_distance
 from .perceptual import DISTANCES
 from .pretrained import first_available
@@ -53,8 +53,8 @@ def picture_rows(rows: list[torch.Tensor]) -> Image.Image:
 
 
 def ms_ssim_scales(height: int, width: int) -> int:
-    """How many of the five scales of MS-SSIM fit into a picture: torchmetrics asks for sides beyond 10 (scales - 1)²."""
-    fits = [scales for scales in range(2, 6) if min(height, width) > (WINDOW - 1) * (scales - 1) ** 2]
+    """How many of the five scales of MS-SSIM fit into a picture: torchmetrics asks for sides of 11 (scales - 1)² pixels."""
+    fits = [scales for scales in range(2, 6) if min(height, width) >= WINDOW * (scales - 1) ** 2]
     return max(fits, default=1)
 
 
@@ -155,12 +155,11 @@ def evaluate_tokenizers(
     Raises:
         OSError, ValueError: a folder holds no tokenizer, or the pictures do not divide into its codes.
     """
+    width, height = require_images(rows)
     require_pictures(rows)
     models = [load_tokenizer(checkpoint, accelerator.device) for checkpoint in checkpoints]
-    width, height = rows[0]["image"].size
-    require_size(rows, width)
     for checkpoint, model in zip(checkpoints, models, strict=True):
-        if width % model.downsampling:
+        if width % model.downsampling or height % model.downsampling:
             raise ValueError(
                 f"pictures of {width}x{height} pixels do not divide into the codes of {checkpoint}, which stand for "
                 f"{model.downsampling}x{model.downsampling} each; prepare the data with another --image_size"

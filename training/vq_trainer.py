@@ -21,6 +21,7 @@ tokenizer folder plus what training needs; a resumed run continues bit for bit. 
 The log says how the codebook and the discriminator are, see `health`.
 """
 
+import math
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -147,7 +148,7 @@ class VQTrainingArguments(TrainingArguments):
         default=2, metadata={"help": "Strided layers of the discriminator: 2 for 64x64 pictures, 3 for 256x256."}
     )
     discriminator_learning_rate: float = field(
-        default=2e-4, metadata={"help": "Peak learning rate of the discriminator."}
+        default=2e-4, metadata={"help": "Learning rate of the discriminator, before the schedule, which both share."}
     )
     lecam_weight: float = field(default=0.001, metadata={"help": "Weight of LeCAM in the discriminator's loss."})
     ema_decay: float = field(default=0.99, metadata={"help": "Decay of the codebook's moving averages, per step."})
@@ -191,10 +192,15 @@ class VQTrainingArguments(TrainingArguments):
             raise ValueError(f"--continuous_fraction must lie in [0, 1), got {self.continuous_fraction}")
         continuous = 0 if self.decoder_only else self.continuous_fraction
         starts = (continuous, self.discriminator_start, self.adversarial_start, 1)
-        if self.adversarial_weight and list(starts) != sorted(starts):
+        if self.adversarial_weight and not starts[0] <= starts[1] < starts[2] <= starts[3]:
             raise ValueError(
                 "--continuous_fraction, --discriminator_start and --adversarial_start must follow each other, got "
                 f"{continuous}, {self.discriminator_start}, {self.adversarial_start}"
+            )
+        if self.adversarial_weight and not 1 <= self.discriminator_layers <= math.log2(self.image_size / 3):
+            raise ValueError(
+                f"--discriminator_layers must be at least 1, and pictures at least 3·2^layers pixels; got "
+                f"{self.discriminator_layers} layers for {self.image_size} pixels"
             )
         if not 0 < self.validation_fraction < 1:
             raise ValueError(f"--validation_fraction must lie in (0, 1), got {self.validation_fraction}")
@@ -219,6 +225,11 @@ class VQTrainingArguments(TrainingArguments):
                 )
             with torch.device("meta"):
                 known = UniTokVQModel.from_config(UniTokVQModel.load_config(self.vq_model_path)).config
+            if known["norm_type"] == "spatial" and not self.decoder_only:
+                raise ValueError(
+                    "--vq_model_path has a decoder that looks at the latents (norm_type spatial), which cannot get a new "
+                    "codebook; add --decoder_only true"
+                )
         for name, (key, _) in ARCHITECTURE.items():
             theirs = list(known[key]) if isinstance(known[key], (list, tuple)) else known[key]
             if getattr(self, name) not in (None, theirs) and self.vq_model_path is not None:
@@ -276,7 +287,7 @@ class VQTrainingModel(nn.Module):
         self.codebook_state.observe(rows)
         vectors, commitment, codebook_loss = self.codebook_state(rows, self.vq.codebook)
         quantized = vectors.unflatten(0, (latents.shape[0], *latents.shape[2:])).permute(0, 3, 1, 2).to(latents.dtype)
-        sample = self.vq.decode(quantized, force_not_quantize=True).sample.float()
+        sample = self.vq._decode(quantized).float()  # `decode` would take them for indices where the config says so
         terms = {"commitment": commitment} | latent_measures(rows, vectors, self.codebook_state)
         if self.discriminator is not None and self.progress >= self.args.discriminator_start:
             loss = self._adversarial(sample, pixel_values, terms)
@@ -489,11 +500,15 @@ class VQTrainer(Trainer):
 
     def _clip_both(self, largest: float) -> torch.Tensor:
         """Norm of the tokenizer's gradients, before clipping; the discriminator's is kept for the log."""
+        self.accelerator.unscale_gradients()  # once; accelerate's own clipping would do it each time
         if self.model.discriminator is not None:
-            norm = self.accelerator.clip_grad_norm_(self.model.discriminator.parameters(), largest)
+            norm = nn.utils.clip_grad_norm_(self.model.discriminator.parameters(), largest)
             self.terms["discriminator_grad_norm"].append(norm.detach())
         tokenizer = [*self.model.vq.parameters(), *self.model.codebook_state.parameters()]
-        return self.accelerator.clip_grad_norm_(tokenizer, largest)
+        return nn.utils.clip_grad_norm_(tokenizer, largest)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Nothing: a run is shared when it is finished, see `push_run`."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         outputs = model(**inputs)
