@@ -31,7 +31,8 @@ class UniTokConfig(PreTrainedConfig):
         image_start_token_id, image_end_token_id: the tokens around an image.
         image_token_id: placeholder for one code, replaced before the model sees it.
         uncond_token_id: stands for a dropped caption, in training and in the unconditional branch of guidance.
-        bos_token_id, eos_token_id, pad_token_id: as everywhere; there may be several eos; pad is none of the others.
+        bos_token_id, eos_token_id, pad_token_id: as everywhere; there may be several eos, and bos may be one of them, as
+            in GPT-2; pad is none of the others.
         text_loss_weight, image_loss_weight: weights of the two kinds of tokens in the loss.
         tie_word_embeddings: whether input and output embeddings are one matrix.
 
@@ -85,7 +86,9 @@ class UniTokConfig(PreTrainedConfig):
         for name, token in tokens:
             if token is None or not 0 <= token < self.text_vocab_size:
                 raise ValueError(f"{name} {token} is outside the text vocabulary [0, {self.text_vocab_size})")
-        if len({token for _, token in tokens}) < len(tokens):
+        kinds = {name: token for name, token in tokens if name not in ("bos_token_id", "eos_token_id")}
+        apart = [*kinds.values(), *{token for name, token in tokens if name not in kinds}]  # bos may be an eos
+        if len(set(apart)) < len(apart):
             raise ValueError(f"special tokens must have different ids, got {named}")
         codes = self.vq_config.get("num_vq_embeddings", self.num_visual_tokens)
         if codes != self.num_visual_tokens:

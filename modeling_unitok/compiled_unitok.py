@@ -27,6 +27,7 @@ from transformers import Cache
 
 
 COLUMNS = 32
+MANY = 2**20
 
 # Where `trace` notes what it ran, as something to call again, and what that gave.
 RAN: ContextVar[list[tuple[Callable, tuple[torch.Tensor, ...]]] | None] = ContextVar("RAN", default=None)
@@ -89,7 +90,11 @@ class CompiledStep:
         ran: list[tuple[Callable, tuple[torch.Tensor, ...]]] = []
         token = RAN.set(ran)
         try:
-            with torch.compiler.set_stance(skip_guard_eval_unsafe=True) if self.known else nullcontext():
+            with (
+                # all shapes and models share one code object, for which torch.compile would soon give up
+                torch._dynamo.config.patch(recompile_limit=MANY, accumulated_recompile_limit=MANY),
+                torch.compiler.set_stance(skip_guard_eval_unsafe=True) if self.known else nullcontext(),
+            ):
                 hidden = self.run()
         finally:
             RAN.reset(token)

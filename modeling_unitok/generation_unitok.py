@@ -14,7 +14,7 @@ from typing import Literal
 
 import torch
 from torch import nn
-from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, PreTrainedTokenizerBase
+from transformers import Cache, DynamicCache, GenerationConfig, LogitsProcessorList, PreTrainedTokenizerBase
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 
 from .decoding_unitok import Drawing, decode, draw_images, is_plain
@@ -23,6 +23,17 @@ from .grammar_unitok import ImageGrammar, PerModality, image_progress, warpers
 
 GENERATION_MODES = ("auto", "text", "image", "interleaved")
 IMAGE_OPTIONS = ("image_temperature", "image_top_k", "image_top_p", "guidance_interval")
+# what a text model's generation config may say about its words, and the values that say nothing; inside an image it counts
+# only when the call itself says so
+TEXT_OPTIONS = {
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "min_length": 0,
+    "min_p": 0.0,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+}
 # arguments of transformers' `generate` that the image loop honours, or that mean nothing inside an image
 LOOP_ARGUMENTS = set(
     "bos_token_id do_sample eos_token_id max_length max_new_tokens num_beams num_return_sequences pad_token_id "
@@ -159,8 +170,14 @@ class UniTokGenerationMixin:
         self._require_room(generation_mode, input_ids, room)
 
         if generation_mode == "image":
-            input_ids, attention_mask = self._begin_images(input_ids, attention_mask)
-            if own_loop and kwargs.keys() <= LOOP_ARGUMENTS and not logits_processor and streamer is None:
+            for name, nothing in TEXT_OPTIONS.items():
+                if name not in kwargs:
+                    setattr(config, name, nothing)
+            past = kwargs.get("past_key_values")
+            input_ids, attention_mask = self._begin_images(input_ids, attention_mask, past)
+            plain = not (config.return_dict_in_generate or config.output_scores or config.output_logits)
+            loop = plain and own_loop and kwargs.keys() <= LOOP_ARGUMENTS
+            if loop and not logits_processor and streamer is None:
                 return draw_images(self, input_ids, attention_mask, drawing, config.num_return_sequences)
             room = int(self.vocabulary.codes_per_image - image_progress(input_ids, self.vocabulary).min()) + 1
             config.eos_token_id = self.vocabulary.image_end
@@ -272,9 +289,10 @@ class UniTokGenerationMixin:
         config, _ = self._prepare_generation_config(generation_config, **kwargs)
         image_options = (image_temperature, image_top_k, image_top_p, guidance_interval)
         drawing = self._drawing(config, guidance_scale, image_options, compile_step, generator)
-        if not kwargs.keys() <= LOOP_ARGUMENTS or not self._own_loop(config, kwargs):
-            unknown = sorted(kwargs.keys() - LOOP_ARGUMENTS) or ["num_beams"]
-            raise ValueError(f"complete_image draws by greedy search or sampling; it cannot use {', '.join(unknown)}")
+        unknown = sorted(kwargs.keys() - {"do_sample", "num_return_sequences", "num_beams"})
+        if unknown or not self._own_loop(config, kwargs):
+            what = ", ".join(unknown) or "beams, hidden states, attentions, or a cache of another kind"
+            raise ValueError(f"complete_image draws by greedy search or sampling; it cannot use {what}")
         input_ids, attention_mask = self._begin_images(input_ids, attention_mask)
         given = int(mask.long().cumprod(dim=1).sum(dim=1).min())  # codes that are kept before the first that is not
         input_ids = torch.cat([input_ids, pictures[:, :given]], dim=1)
@@ -344,12 +362,17 @@ class UniTokGenerationMixin:
         )
 
     def _begin_images(
-        self, input_ids: torch.LongTensor, attention_mask: torch.Tensor
+        self, input_ids: torch.LongTensor, attention_mask: torch.Tensor, past: Cache | None = None
     ) -> tuple[torch.LongTensor, torch.Tensor]:
         """Prompts that all end inside an image: image_start is added where a row does not."""
         outside = (image_progress(input_ids, self.vocabulary) < 0)[:, None]
         if not outside.any():
             return input_ids, attention_mask
+        if past is not None and past.get_seq_length() and not outside.all():
+            raise ValueError(
+                f"row {int((~outside).nonzero()[0, 0])} of the prompt ends inside an image, others do not: they would move "
+                "against what past_key_values has seen; begin all of them, or leave the cache out"
+            )
         pad = torch.full_like(input_ids[:, :1], self.config.pad_token_id)
         start = torch.full_like(pad, self.vocabulary.image_start)
         begun = torch.where(outside, torch.cat([input_ids, start], dim=1), torch.cat([pad, input_ids], dim=1))
@@ -425,11 +448,8 @@ class UniTokGenerationMixin:
         """
         if on_error not in ("raise", "skip", "pad"):
             raise ValueError(f"on_error must be raise, skip or pad, got {on_error!r}")
-        if tokenizer is not None and len(tokenizer) > self.vocabulary.offset:
-            raise ValueError(
-                f"the tokenizer has {len(tokenizer)} tokens, but codes begin at id {self.vocabulary.offset}; "
-                "call model.resize_token_embeddings(len(tokenizer)) when it grows"
-            )
+        if tokenizer is not None:
+            self.require_tokenizer(tokenizer)
         ids = ids[None] if ids.ndim == 1 else ids
         self._require_known(ids)
         rows = [self._segments(row) for row in ids]
@@ -456,6 +476,20 @@ class UniTokGenerationMixin:
                 there = there.repeat_interleave(side, dim=0).repeat_interleave(side, dim=1)
                 segment.image = torch.where(there, image, 0.0)
         return rows
+
+    def require_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Raises ValueError when a text tokenizer is not that of the model: its special tokens have other ids, or it has
+        grown into the ids of the codes."""
+        for kind in ("pad", "bos", "image", "image_start", "image_end", "uncond"):
+            name = f"{kind}_token_id"
+            theirs, ours = getattr(tokenizer, name, None), getattr(self.config, name)
+            if theirs != ours:
+                raise ValueError(f"the tokenizer is not that of the model: {name} is {theirs} there and {ours} here")
+        if len(tokenizer) > self.vocabulary.offset:
+            raise ValueError(
+                f"the tokenizer has {len(tokenizer)} tokens, but codes begin at id {self.vocabulary.offset}; "
+                "call model.resize_token_embeddings(len(tokenizer)) when it grows"
+            )
 
     def _segments(self, row: torch.LongTensor) -> list[Segment]:
         """Segments of one row (T,), without text and pictures.

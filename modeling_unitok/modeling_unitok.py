@@ -267,7 +267,7 @@ class UniTokForConditionalGeneration(
         for owner in (text_model.generation_config, text_model.config):
             ends = owner.eos_token_id
             if isinstance(ends, list) and tokenizer.eos_token_id in ends:
-                return list(ends)
+                return [end for end in ends if end != tokenizer.pad_token_id]  # Qwen pads with one of its ends
         return tokenizer.eos_token_id
 
     def get_input_embeddings(self) -> nn.Module:
@@ -419,7 +419,9 @@ class UniTokForConditionalGeneration(
             skip_logits: return None for the logits, which the loss does not need. Default: in training with labels.
 
         Raises:
-            ValueError: see `fill_images`; images without `input_ids`; or a placeholder is left where no image came.
+            ValueError: see `fill_images`; images without `input_ids`; an id outside the vocabulary; or a placeholder is
+                left where no image came. (Whether streams are well formed is the business of whoever made them; `score`
+                and `generate` look.)
         """
         with_images = pixel_values is not None or image_codes is not None
         if with_images and input_ids is None:
@@ -427,6 +429,7 @@ class UniTokForConditionalGeneration(
         # a decoding step, which has neither images nor placeholders, is spared the look for them
         begins = past_key_values is None or past_key_values.get_seq_length() == 0
         if with_images or (begins and input_ids is not None):
+            self._require_known(input_ids)
             filled = self.fill_images(input_ids, pixel_values, image_codes)
             if labels is not None:
                 labels = torch.where(labels == self.config.image_token_id, filled, labels)

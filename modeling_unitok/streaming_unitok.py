@@ -83,6 +83,7 @@ class UniTokStreamer(BaseStreamer):
         skip_prompt: bool = True,
         timeout: float | None = None,
     ):
+        model.require_tokenizer(processor.tokenizer)
         self.model, self.processor, self.vocabulary = model, processor, model.vocabulary
         self.code_rows, self.skip_prompt, self.timeout = code_rows, skip_prompt, timeout
         self.pieces: Queue = Queue()  # of Piece; at the end None, or what the generation raised
@@ -92,7 +93,7 @@ class UniTokStreamer(BaseStreamer):
         self.codes: list[list[int] | None] = []  # per row, of the image being drawn; none outside
 
     def start(self, **arguments) -> "UniTokStreamer":
-        """Call `model.generate(**arguments)` in a thread; what it raises, the iterator raises."""
+        """Call `model.generate(**arguments)` in a thread; what it raises, the iterator raises, with `on_piece` too."""
 
         def generate() -> None:
             try:
@@ -106,7 +107,7 @@ class UniTokStreamer(BaseStreamer):
 
     def put(self, value: torch.LongTensor) -> None:
         """Take the prompts (B, L), then one token of each row (B,)."""
-        if self.words is None:
+        if self.words is None or value.ndim == 2:  # prompts again where a generation was stopped by an error
             self._begin(value if value.ndim == 2 else value[None])
             return
         self._next(value.tolist())

@@ -29,23 +29,26 @@ UNITOK_TOKENS = {
     "image_end_token": "<|image_end|>",
     "uncond_token": "<|uncond|>",
 }
-PAD_TOKEN = "<|pad|>"
+PAD_TOKEN, BOS_TOKEN = "<|pad|>", "<|bos|>"
 
 
 def add_special_tokens(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """Give a text tokenizer the special tokens UniTok needs, in place; returns it.
 
-    Adds `<|image|>`, `<|image_start|>`, `<|image_end|>` and `<|uncond|>` under the attributes `image_token` and so on, and
-    a pad token where there is none or where it is the eos token (the embedding of the pad token is never trained).
+    Adds `<|image|>`, `<|image_start|>`, `<|image_end|>` and `<|uncond|>` under the attributes `image_token` and so on, a
+    bos token where there is none, and a pad token where there is none or where it is the bos or the eos token (the
+    embedding of the pad token is never trained).
 
     Raises:
-        ValueError: the tokenizer has no bos or no eos token.
+        ValueError: the tokenizer has no eos token.
     """
-    if tokenizer.bos_token is None or tokenizer.eos_token is None:
-        raise ValueError("the tokenizer needs a bos_token and an eos_token; set them before add_special_tokens")
+    if tokenizer.eos_token is None:
+        raise ValueError("the tokenizer needs an eos_token; set it before add_special_tokens")
+    if tokenizer.bos_token is None:
+        tokenizer.add_special_tokens({"bos_token": BOS_TOKEN})
     tokenizer._set_model_specific_special_tokens(UNITOK_TOKENS)
     tokenizer.add_special_tokens(UNITOK_TOKENS)
-    if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
+    if tokenizer.pad_token in (None, tokenizer.bos_token, tokenizer.eos_token):
         tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
     return tokenizer
 
@@ -107,7 +110,8 @@ class UniTokProcessor(ProcessorMixin):
             images: pictures of the samples: one list per sample, or a flat list or batch, one per sample (all of them for
                 a single text).
             text: one string per sample; may be left out when there are images.
-            **kwargs: `generation_mode`, and those of the tokenizer and the image processor.
+            **kwargs: `generation_mode`, and those of the tokenizer and the image processor. `sanitize_control_tokens=False`
+                is for texts that a chat template has rendered: their control tokens are understood.
 
         Raises:
             ValueError: an unknown mode, or pictures that do not match the samples or their placeholders.
@@ -127,21 +131,30 @@ class UniTokProcessor(ProcessorMixin):
                     raise ValueError(f"text {number} has {found} {self.image_token}, but {len(own)} images")
             images = [picture for own in images for picture in own]
         if texts is not None:
-            if not kwargs.get("sanitize_control_tokens") and any(map(self._typed.search, texts)):
+            if "sanitize_control_tokens" not in kwargs and any(map(self._typed.search, texts)):
                 texts = mark_control_tokens(texts, self._typed)
                 kwargs["sanitize_control_tokens"] = True
-            if kwargs.get("sanitize_control_tokens") and kwargs.get("add_special_tokens", True):
-                begins = self.tokenizer("").input_ids[:1] == [self.tokenizer.bos_token_id]
-                texts = [self.tokenizer.bos_token * begins + sample for sample in texts]
-                kwargs["add_special_tokens"] = False
+            if kwargs.get("add_special_tokens", True):  # a stream begins with bos, whatever the tokenizer would add
+                adds = self.tokenizer("").input_ids == [self.tokenizer.bos_token_id]
+                if kwargs.get("sanitize_control_tokens") or not adds:
+                    texts = [self.tokenizer.bos_token + sample for sample in texts]
+                    kwargs["add_special_tokens"] = False
             if mode == "image":
                 texts = [sample + self.image_start_token for sample in texts]
         return super().__call__(images=images or None, text=texts, **kwargs)
 
     def apply_chat_template(self, conversation, chat_template: str | None = None, **kwargs):
-        """As in transformers, with `sanitize_control_tokens` on where it can be: text of the conversation is text."""
-        can = kwargs.get("tokenize", False) and not kwargs.get("return_assistant_tokens_mask", False)
-        return super().apply_chat_template(conversation, chat_template, **{"sanitize_control_tokens": can} | kwargs)
+        """As in transformers, with `sanitize_control_tokens` on where it can be: text of the conversation is text.
+
+        A conversation that is rendered first (`tokenize=False`) is a string like any other to `__call__`, which is to be
+        told that its control tokens count: `processor(text=rendered, sanitize_control_tokens=False)`.
+        """
+        tokenize, mask = kwargs.get("tokenize", False), kwargs.get("return_assistant_tokens_mask", False)
+        kwargs = {"sanitize_control_tokens": tokenize and not mask} | kwargs
+        if tokenize and not kwargs["sanitize_control_tokens"]:
+            own = kwargs.get("processor_kwargs") or {}
+            kwargs["processor_kwargs"] = {"sanitize_control_tokens": False} | own
+        return super().apply_chat_template(conversation, chat_template, **kwargs)
 
     def _per_sample(self, images, samples: int | None) -> list[list]:
         """Images as one list per sample."""

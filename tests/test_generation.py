@@ -4,12 +4,14 @@ back from ids to text and pictures that accounts for every token.
 The model here is untrained and small: a vocabulary of 64 text rows and 16 codes, images of 2x3 codes.
 """
 
+import copy
 import re
 
 import pytest
 import torch
 from transformers import (
     AutoModel,
+    DynamicCache,
     Gemma3TextConfig,
     GenerationConfig,
     GPT2Config,
@@ -501,6 +503,42 @@ def test_a_compiled_step_gives_the_same_streams():
     assert torch.equal(changed, model.generate(**options)) and not torch.equal(changed, other)
 
 
+def test_as_many_shapes_are_compiled_as_there_are():
+    """torch.compile gives up after eight, unless told otherwise."""
+    model = tiny(seed=3)
+    for rows in range(1, 11):
+        inputs = {"input_ids": torch.tensor([[BOS, 20 + rows]]).repeat(rows, 1), "generation_mode": "image"}
+        assert torch.equal(model.generate(**inputs, compile_step="trace"), model.generate(**inputs)), rows
+
+
+def test_what_a_text_model_says_about_words_does_not_change_pictures(model):
+    """Its generation config may punish repetition; a call that says so means it."""
+    inputs = batch(PROMPTS) | {"generation_mode": "image"}
+    plain = model.generate(**inputs)
+    before = model.generation_config
+    try:
+        model.generation_config = copy.deepcopy(before)
+        model.generation_config.update(repetition_penalty=1.8, no_repeat_ngram_size=1)
+        assert torch.equal(model.generate(**inputs), plain)
+        assert torch.equal(model.generate(**inputs, return_dict_in_generate=True).sequences, plain)
+    finally:
+        model.generation_config = before
+    punished = model.generate(**inputs, no_repeat_ngram_size=1)
+    assert all(len(set(row)) == len(row) for row in punished.tolist())
+    config = GenerationConfig(return_dict_in_generate=True, output_scores=True)
+    output = model.generate(**inputs, generation_config=config)
+    assert torch.equal(output.sequences, plain) and output.scores
+
+
+def test_rows_that_would_move_against_their_cache_are_refused(model):
+    cache = DynamicCache(config=model.config.text_config)
+    prompts = torch.tensor([[BOS, 33, 34, 35], [BOS, 33, START, OFFSET]])
+    with torch.no_grad():
+        model(prompts[:, :2], past_key_values=cache, use_cache=True)
+    with pytest.raises(ValueError, match="row 1 of the prompt ends inside an image, others do not"):
+        model.generate(prompts, generation_mode="image", past_key_values=cache)
+
+
 def test_a_window_shorter_than_the_stream_is_not_compiled():
     with pytest.raises(
         ValueError, match=r"no window shorter than the stream of 32 tokens; this model has sdpa attention"
@@ -902,6 +940,17 @@ def test_every_generated_stream_comes_apart(model):
 def test_ids_and_policies_that_do_not_exist_are_refused(model, ids, options, message):
     with pytest.raises(ValueError, match=message):
         model.decode_mixed_tokens(torch.tensor(ids), **options)
+
+
+def test_a_tokenizer_of_another_model_is_refused(reader, tokenizer):
+    other = copy.deepcopy(reader.config)
+    other.image_start_token_id, before = 100, reader.config
+    try:
+        reader.config = other
+        with pytest.raises(ValueError, match=r"not that of the model: image_start_token_id is \d+ there and 100 here"):
+            reader.decode_mixed_tokens(torch.tensor([[1, 2]]), tokenizer)
+    finally:
+        reader.config = before
 
 
 def test_a_tokenizer_that_has_grown_into_the_codes_is_refused(model, tokenizer):

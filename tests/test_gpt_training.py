@@ -224,7 +224,7 @@ def test_bf16_is_near_and_leaves_the_image_tokenizer_alone(train, image_tokenize
 
 def test_evaluations_draw_the_prompts_and_do_not_disturb_the_training(train):
     quiet = train("quiet", augment="affine")
-    prompts = ["a red circle", "one more", "something new"]
+    prompts = ["a red circle", "one more", "a typed <|image|> is text"]
     options = {"sample_prompts": prompts, "eval_strategy": "steps", "eval_steps": 1, "augment": "affine"}
     drawn = train("drawn", **options)
     assert largest_difference(quiet, drawn) == 0
@@ -233,7 +233,10 @@ def test_evaluations_draw_the_prompts_and_do_not_disturb_the_training(train):
     grids = [Image.open(drawn / f"samples/step_{step:06d}.png") for step in (1, 2)]
     assert [grid.size for grid in grids] == [(3 * 64, 2 * 64)] * 2
     model, processor = AutoModel.from_pretrained(drawn), AutoProcessor.from_pretrained(drawn)
-    inputs = processor(text=prompts, generation_mode="image", return_tensors="pt")
+    tokenizer = processor.tokenizer
+    words = tokenizer(prompts, add_special_tokens=False, split_special_tokens=True).input_ids
+    ids = [[tokenizer.bos_token_id, *own, tokenizer.image_start_token_id] for own in words]
+    inputs = tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt")
     generator = torch.Generator().manual_seed(42)
     options = {"generation_mode": "image", "do_sample": True, "guidance_scale": 3.0, "generator": generator}
     pixels = model.decode_image_tokens(model.generate(**inputs, **options))

@@ -252,6 +252,11 @@ def test_pixels_and_codes_together_are_refused(model, noise):
         model(torch.tensor([IMAGE]), pixel_values=noise[:1], image_codes=torch.zeros(1, N, dtype=torch.int64))
 
 
+def test_an_id_outside_the_vocabulary_is_named_with_its_place(model):
+    with pytest.raises(ValueError, match=r"row 1, position 2: id 448 is outside the vocabulary \[0, 448\)"):
+        model(torch.tensor([[1, 2, 3], [1, 2, 448]]))
+
+
 def test_pictures_without_ids_are_refused(model, noise):
     with pytest.raises(ValueError, match="pass input_ids, not inputs_embeds"):
         model(inputs_embeds=torch.zeros(1, 18, 64), pixel_values=noise[:1])

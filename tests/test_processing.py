@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast
 
 from unitok_hf import UniTokForConditionalGeneration, UniTokImageProcessor, UniTokProcessor, add_special_tokens
@@ -250,7 +251,11 @@ def test_special_tokens_are_added_once_and_pad_is_never_eos(tokenizer):
     assert like_gpt2.pad_token == "<|pad|>" != like_gpt2.eos_token
     assert len(add_special_tokens(like_gpt2)) == size
     assert like_gpt2.image_start_token_id == tokenizer.image_start_token_id
-    with pytest.raises(ValueError, match="needs a bos_token and an eos_token"):
+    like_qwen = PreTrainedTokenizerFast(
+        tokenizer_object=type(backend).from_str(backend.to_str()), eos_token="<|eos|>", pad_token="<|pad|>"
+    )
+    assert add_special_tokens(like_qwen).bos_token == "<|bos|>"
+    with pytest.raises(ValueError, match="needs an eos_token"):
         add_special_tokens(PreTrainedTokenizerFast(tokenizer_object=backend))
 
 
@@ -319,6 +324,35 @@ def test_control_tokens_in_a_conversation_are_those_of_its_template(processor, r
     assert ids.count(tokenizer.image_token_id) == 32 and len(inputs["pixel_values"]) == 2
     text = processor.decode(ids).replace(SLOT, "[]")
     assert text == f"<|bos|>user: {TYPED}<|image|>[]<|eos|>assistant: []<|bos|><|eos|>"
+
+
+def test_a_stream_begins_with_bos_whatever_the_tokenizer_does(tokenizer, processor):
+    """As training has it; GPT-2's and Qwen's tokenizers add none."""
+    backend = type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
+    backend.post_processor = TemplateProcessing(single="$A", special_tokens=[])
+    bare = add_special_tokens(
+        PreTrainedTokenizerFast(
+            tokenizer_object=backend, bos_token="<|bos|>", eos_token="<|eos|>", pad_token="<|pad|>"
+        )
+    )
+    assert bare("a red").input_ids != tokenizer("a red").input_ids
+    other = UniTokProcessor(UniTokImageProcessor(), bare)
+    for arguments in ({"text": ["a red", ""]}, {"text": "a", "generation_mode": "image"}, {"text": "a<|eos|>"}):
+        assert other(**arguments)["input_ids"] == processor(**arguments)["input_ids"]
+
+
+def test_a_rendered_conversation_is_understood_when_that_is_said(processor):
+    template = "{{ bos_token }}" + CHAT_TEMPLATE.replace("{{ '\n' }}", "{{ eos_token }}")
+    conversation = [{"role": "user", "content": [{"type": "text", "text": "a"}]}]
+    rendered = processor.apply_chat_template(conversation, chat_template=template)
+    one_step = processor.apply_chat_template(conversation, chat_template=template, tokenize=True, return_dict=True)
+    told = processor(text=rendered, sanitize_control_tokens=False, add_special_tokens=False)
+    assert told["input_ids"] == one_step["input_ids"]
+    generation = template.replace("{{ message.role }}", "{% generation %}{{ message.role }}{% endgeneration %}")
+    masked = processor.apply_chat_template(
+        conversation, chat_template=generation, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    assert masked["input_ids"] == one_step["input_ids"] and sum(masked["assistant_masks"][0]) > 0
 
 
 def test_the_output_of_either_mode_becomes_what_a_pipeline_returns(processor, pictures):

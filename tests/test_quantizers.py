@@ -157,7 +157,12 @@ def test_the_memory_holds_twenty_latents_per_code_however_few_a_step_brings():
     state = EMACodebook(1024, 16)
     assert [round(state._decay(mean_count), 4) for mean_count in (0.25, 0.5, 4.0, 100.0)] == [0.9875, 0.975, 0.8, 0.1]
     state.updates.fill_(10_000)
-    assert [round(state._decay(mean_count), 4) for mean_count in (0.02, 0.1, 0.25, 100.0)] == [0.999, 0.995, 0.99, 0.99]
+    assert [round(state._decay(mean_count), 4) for mean_count in (0.02, 0.1, 0.25, 100.0)] == [
+        0.999,
+        0.995,
+        0.99,
+        0.99,
+    ]
 
 
 @pytest.mark.parametrize(("tokens", "seed"), [(64, 0), (64, 1), (8, 0)])

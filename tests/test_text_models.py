@@ -1,5 +1,7 @@
 """Any causal language model learns to draw: the same promises for models of several kinds."""
 
+import copy
+
 import pytest
 import torch
 from transformers import (
@@ -88,3 +90,17 @@ def test_it_trains_draws_writes_and_comes_back(
     assert type(loaded.model.language_model) is type(model.model.language_model)
     for mode, options in ways.items():
         assert torch.equal(loaded.generate(**prompt, generation_mode=mode, **options), drawn[mode]), mode
+
+
+def test_a_model_whose_bos_is_its_eos_or_that_pads_with_an_end_learns_to_draw(vq_model, tokenizer):
+    """The layouts of GPT-2 and of Qwen's instruction models."""
+    ends = [tokenizer.eos_token_id, tokenizer.pad_token_id]
+    for bos, eos in ((tokenizer.eos_token, tokenizer.eos_token_id), (tokenizer.bos_token, ends)):
+        own = copy.deepcopy(tokenizer)
+        own.bos_token = bos
+        text_model = AutoModelForCausalLM.from_config(LlamaConfig(**SIZE, vocab_size=len(own)))
+        text_model.generation_config.eos_token_id = eos
+        model = UniTokForConditionalGeneration.from_parts(text_model, vq_model, own)
+        assert model.config.bos_token_id == own.bos_token_id
+        assert tokenizer.pad_token_id not in torch.tensor(model.config.eos_token_id)
+        assert model.generate(torch.tensor([[own.bos_token_id, 20]]), generation_mode="image").shape == (1, 16)

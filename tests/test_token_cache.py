@@ -1,5 +1,6 @@
 """`encode` and training from its codes."""
 
+import dataclasses
 import os
 
 import pyarrow.parquet as pq
@@ -58,6 +59,17 @@ def test_a_stopped_run_goes_on_with_the_missing_shards(cache):
     encode(args)
     assert paths[1].exists()
     assert [paths[number].stat().st_mtime_ns for number in (0, 2)] == before
+
+
+def test_shards_of_data_that_has_changed_are_refused_and_another_path_to_it_is_not(cache, monkeypatch, tmp_path):
+    args, paths = cache
+    monkeypatch.chdir(tmp_path)
+    assert encode(dataclasses.replace(args, data_path=os.path.relpath(args.data_path))) == paths
+    rows = read_rows(args.data_path)
+    rows.select(range(7, -1, -1)).to_parquet(str(tmp_path / "turned.parquet"))
+    os.replace(tmp_path / "turned.parquet", args.data_path)
+    with pytest.raises(ValueError, match="made by another tokenizer or of other data"):
+        encode(args)
 
 
 def test_shards_of_another_tokenizer_are_refused(cache, vq_model, tmp_path):

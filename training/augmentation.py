@@ -25,4 +25,9 @@ def unchanged(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return pixels
 
 
-AUGMENTATIONS = {"none": unchanged, "affine": random_affine}
+def random_flip(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """One picture (3, H, W), or as often its mirror image."""
+    return pixels.flip(-1) if torch.rand((), generator=generator) < 0.5 else pixels
+
+
+AUGMENTATIONS = {"none": unchanged, "affine": random_affine, "flip": random_flip}

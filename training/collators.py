@@ -256,6 +256,12 @@ class StreamDataset(EpochDataset):
             [text or "" for text in texts], add_special_tokens=False, split_special_tokens=True
         ).input_ids
 
+    def image_prompts(self, texts: list[str]) -> dict[str, torch.Tensor]:
+        """Prompts `bos text image_start` as streams have them, padded on the left, for `generate`."""
+        room, start = self.max_length - len(self.image) - 2, self.tokenizer.image_start_token_id
+        ids = [[self.tokenizer.bos_token_id, *words[:room], start] for words in self.words(texts)]
+        return dict(self.tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt"))
+
     def sample(self, index: int, words: list[int], picture: Image.Image | None, codes: list[int] | None) -> dict:
         if picture is None and codes is None and not words:
             raise ValueError(f"row {index} of the data has neither a picture nor a text")

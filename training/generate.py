@@ -97,7 +97,12 @@ def load_model(checkpoint: str, device: torch.device) -> tuple[UniTokForConditio
     if config.get("model_type") != UniTokConfig.model_type:
         kind = config.get("model_type") or config.get("_class_name") or "nothing we know"
         raise ValueError(f"{checkpoint} holds no UniTok model, but {kind}; `unitok-hf train` makes one")
-    return AutoModel.from_pretrained(checkpoint).to(device).eval(), AutoProcessor.from_pretrained(checkpoint)
+    model, processor = (
+        AutoModel.from_pretrained(checkpoint).to(device).eval(),
+        AutoProcessor.from_pretrained(checkpoint),
+    )
+    model.require_tokenizer(processor.tokenizer)
+    return model, processor
 
 
 @torch.no_grad()

@@ -104,8 +104,12 @@ class GPTTrainingArguments(TrainingArguments):
         default="none", metadata={"help": "Random change of each picture before it is encoded."}
     )
     max_length: int = field(default=1024, metadata={"help": "Longest stream in tokens; longer texts lose their end."})
-    text_loss_weight: float = field(default=1.0, metadata={"help": "Weight of text tokens in the loss."})
-    image_loss_weight: float = field(default=1.0, metadata={"help": "Weight of image tokens in the loss."})
+    text_loss_weight: float | None = field(
+        default=None, metadata={"help": "Weight of text tokens in the loss. Default: the model's, 1 in a new one."}
+    )
+    image_loss_weight: float | None = field(
+        default=None, metadata={"help": "Weight of image tokens in the loss. Default: the model's, 1 in a new one."}
+    )
     matrix_optimizer: Literal["adamw", "muon"] = field(
         default="adamw",
         metadata={"help": "Optimizer of the matrices inside the layers; the rest is trained by --optim."},
@@ -343,13 +347,13 @@ class GPTTrainer(StreamTrainer):
         folder = Path(self.args.output_dir) / "samples"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "prompts.json").write_text(json.dumps(self.prompts, indent=2, ensure_ascii=False), encoding="utf-8")
-        inputs = self.processing_class(text=self.prompts, generation_mode="image", return_tensors="pt")
+        inputs = self.eval_dataset.image_prompts(self.prompts)
         guided = self.args.caption_dropout > 0 and self.args.image_first < 1  # has it learned to draw without a text
         generator = torch.Generator(self.model.device).manual_seed(self.args.seed)
         rows = [
             self.model.decode_image_tokens(
                 self.model.generate(
-                    **inputs.to(self.model.device),
+                    **{name: tensor.to(self.model.device) for name, tensor in inputs.items()},
                     generation_mode="image",
                     do_sample=True,
                     guidance_scale=3.0 if guided else None,
@@ -411,12 +415,17 @@ def load_visual_tokenizer(args: GPTTrainingArguments) -> UniTokVQModel:
             f"no image tokenizer at {folder}; train one with `unitok-hf train-tokenizer --output_dir {folder}`"
         )
     vq_model = UniTokVQModel.from_pretrained(folder)
+    require_codes(args, vq_model, str(folder))
+    return vq_model
+
+
+def require_codes(args: GPTTrainingArguments, vq_model: UniTokVQModel, where: str) -> None:
+    """Raises ValueError unless a tokenizer has as many codes as `args.visual_vocab_size` says, if it says so."""
     codes = vq_model.config.num_vq_embeddings
     if args.visual_vocab_size not in (None, codes):
         raise ValueError(
-            f"visual_vocab_size is {args.visual_vocab_size}, but the tokenizer at {folder} has {codes} codes"
+            f"visual_vocab_size is {args.visual_vocab_size}, but the tokenizer at {where} has {codes} codes"
         )
-    return vq_model
 
 
 def is_unitok(model_path: str) -> bool:
@@ -469,6 +478,7 @@ def train_gpt(args: GPTTrainingArguments) -> dict[str, float]:
             raise ValueError(f"{args.model_path} has an image tokenizer of its own; leave --visual_tokenizer_path out")
         model, processor = load_model(args.model_path, torch.device("cpu"))
         vq_model = model.float().model.vqmodel
+        require_codes(args, vq_model, args.model_path)
     elif args.use_visual_tokens:
         vq_model = load_visual_tokenizer(args)
     else:
@@ -502,8 +512,9 @@ def train_gpt(args: GPTTrainingArguments) -> dict[str, float]:
             if args.lora_rank and args.should_save:  # what the adapter is for, so that it can be used alone
                 base = Path(args.output_dir) / "base"
                 save_beside(str(base), lambda folder: save_model(model, processor, folder))
-        model.config.text_loss_weight = args.text_loss_weight
-        model.config.image_loss_weight = args.image_loss_weight
+        for name in ("text_loss_weight", "image_loss_weight"):
+            if getattr(args, name) is not None:
+                setattr(model.config, name, getattr(args, name))
         codes_per_image = model.vocabulary.codes_per_image
         if args.lora_rank:
             model.name_or_path = args.model_path if is_unitok(args.model_path) else str(Path(args.output_dir) / "base")

@@ -25,7 +25,7 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 from ..modeling_unitok.modeling_vq import UniTokVQModel
-from .collators import read_rows, require_size, to_pixels
+from .collators import parquet_files, read_rows, require_size, to_pixels
 
 
 METADATA_KEY = b"unitok"
@@ -54,6 +54,17 @@ def fingerprint(vq_model: UniTokVQModel) -> str:
         if name.startswith(("encoder.", "quant_conv.", "quantize.")):
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def fingerprint_of_files(files: list[Path]) -> str:
+    """SHA-256 of the sizes and footers of Parquet files; a footer has the place, size and range of every column's pages."""
+    digest = hashlib.sha256()
+    for path in files:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            file.seek(max(0, size - 2**16))
+            digest.update(f"{size} ".encode() + file.read())
     return digest.hexdigest()
 
 
@@ -93,7 +104,7 @@ def encode(args: EncodeArguments) -> list[Path]:
     about = {
         "tokenizer": fingerprint(vq_model),
         "grid": list(vq_model.grid(size, size)),
-        "data": f"{len(rows)} rows of {args.data_path}",
+        "data": f"{len(rows)} rows, {fingerprint_of_files(parquet_files(args.data_path))}",
     }
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)

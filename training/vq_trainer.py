@@ -108,7 +108,7 @@ class VQTrainingArguments(TrainingArguments):
     norm_num_groups: int | None = field(
         default=None, metadata={"help": "Groups of the group normalisations. Default: 32."}
     )
-    augment: Literal["none", "affine"] = field(
+    augment: Literal["none", "affine", "flip"] = field(
         default="none", metadata={"help": "Random change of each picture in training."}
     )
     continuous_fraction: float = field(
