@@ -27,6 +27,7 @@ from unitok_hf.training.collators import (
     to_pixels,
     training_and_validation,
 )
+from unitok_hf.training.token_cache import EncodeArguments, encode
 
 
 CODES = 4  # per image
@@ -327,3 +328,56 @@ def test_pictures_may_be_stored_as_bytes_of_any_format(write, pictures):
     pictures[0].convert("L").save(file, "JPEG")
     rows = read_rows(write({"image": [{"bytes": file.getvalue(), "path": None}], "text": ["x"]}))
     assert PictureDataset(rows, "none", 0)[0].shape == (3, 64, 64)
+
+
+@pytest.fixture
+def several(pictures, tmp_path) -> str:
+    """Parquet of rows with lists of pictures: placed by the text, before it, one, none."""
+    rows = {
+        "images": [pictures[:2], pictures[2:5], pictures[5:6], []],
+        "text": ["first <|image|> and <|image|> then <|eos|>", "a red", "<|image|>", "a"],
+    }
+    kinds = {"images": datasets.List(datasets.Image()), "text": datasets.Value("string")}
+    path = tmp_path / "several.parquet"
+    datasets.Dataset.from_dict(rows, features=datasets.Features(kinds)).to_parquet(str(path))
+    return str(path)
+
+
+def test_several_images_stand_where_the_text_says_so(several, tokenizer, vq_model, model, pictures, tmp_path):
+    """On the fly and from the cache: the same streams, the same codes."""
+    options = ("text", 0.5, 0.5, 120, "none", 0)
+    data = StreamDataset(read_rows(several), tokenizer, 16, *options)
+    spell = [
+        tokenizer.decode(sample["input_ids"]).replace("<|image|>" * 16, "[]")
+        for sample in data.__getitems__([0, 1, 2, 3])
+    ]
+    image = "<|image_start|>[]<|image_end|>"
+    assert spell == [
+        f"<|bos|>first {image} and {image} then <|eos|><|eos|>",
+        f"<|bos|>{image * 3}a red<|eos|>",
+        f"<|bos|>{image}<|eos|>",
+        "<|bos|>a<|eos|>",
+    ]
+    eos = [sample["input_ids"].count(tokenizer.eos_token_id) for sample in data.__getitems__([0, 1, 2, 3])]
+    assert eos == [1] * 4  # the one that was typed is text
+    assert data.lengths().tolist() == [len(data[row]["input_ids"]) for row in range(4)]
+    batch = StreamCollator(tokenizer)([data[row] for row in range(4)])
+    assert torch.equal(batch["pixel_values"], torch.stack([to_pixels(picture) for picture in pictures[:6]]))
+    vq_model.save_pretrained(tmp_path / "tokenizer")
+    encode(EncodeArguments(str(tmp_path / "tokenizer"), several, str(tmp_path / "codes"), batch_size=3))
+    cached = StreamDataset(read_rows(str(tmp_path / "codes")), tokenizer, 16, *options)
+    assert cached.lengths().tolist() == data.lengths().tolist()
+    codes = StreamCollator(tokenizer)([cached[row] for row in range(4)])
+    assert torch.equal(codes["input_ids"], batch["input_ids"])
+    assert torch.equal(codes["image_codes"], vq_model.encode_to_indices(batch["pixel_values"]).flatten(1))
+    model.model.vqmodel.load_state_dict(vq_model.state_dict())
+    assert torch.equal(model(**batch).loss, model(**codes).loss)
+
+
+def test_images_that_the_text_does_not_place_or_that_do_not_fit_are_refused(several, tokenizer):
+    rows = read_rows(several)
+    wrong = rows.map(lambda row: {"text": "<|image|> only"})
+    with pytest.raises(ValueError, match=r"row 0 of the data has 1 <\|image\|> in its text, but 2 images"):
+        StreamDataset(wrong, tokenizer, 16, "text", 0.5, 0.0, 120, "none", 0)[0]
+    with pytest.raises(ValueError, match="row 1 of the data takes 56 tokens up to its last image, more than the 40"):
+        StreamDataset(rows, tokenizer, 16, "text", 0.5, 0.0, 40, "none", 0)[1]

@@ -1,6 +1,7 @@
-"""Small random affine maps of pictures: for data sets of a few thousand, which a model learns by heart within minutes.
+"""Small random changes of pictures: for data sets of a few thousand, which a model learns by heart within minutes.
 
-Rotation up to 10 degrees, shift up to 6 %, scale and shear up to 12 %; what moves in from outside repeats the border.
+- affine: rotation up to 10 degrees, shift up to 6 %, scale and shear up to 12 %; what moves in from outside repeats the border
+- flip: every other picture mirrored; for tokenizers, not for captions that tell left from right
 """
 
 import math

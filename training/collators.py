@@ -97,11 +97,22 @@ def require_text(rows: datasets.Dataset, name: str) -> None:
         raise ValueError(f"the column {name!r} holds no text, but {rows.features[name]}")
 
 
+def has_many(rows: datasets.Dataset) -> bool:
+    """Whether rows hold lists of pictures, in a column `images`, or the codes of such lists, in `image_codes`."""
+    images, codes = rows.features.get("images"), rows.features.get("image_codes")
+    if isinstance(images, datasets.List) and isinstance(images.feature, datasets.Image):
+        return True
+    return isinstance(codes, datasets.List) and isinstance(codes.feature, datasets.List)
+
+
 def require_images(rows: datasets.Dataset) -> tuple[int, int]:
     """Width and height of the first picture of the rows; raises ValueError when there is none."""
-    if not isinstance(rows.features.get("image"), datasets.Image):
+    if has_many(rows):
+        picture = next((picture for pictures in rows["images"] for picture in pictures or []), None)
+    elif isinstance(rows.features.get("image"), datasets.Image):
+        picture = next((picture for picture in rows["image"] if picture is not None), None)
+    else:
         raise ValueError(f"the data has no column 'image' of pictures, only {', '.join(rows.column_names)}")
-    picture = next((picture for picture in rows["image"] if picture is not None), None)
     if picture is None:
         raise ValueError("no row of the data has a picture")
     return picture.size
@@ -200,12 +211,17 @@ class StreamDataset(EpochDataset):
         text first:    bos  text  image_start code·n image_end eos
         caption gone:  bos <|uncond|> image_start code·n image_end eos
 
+    A row with a list of images has each of them where its text says `<|image|>`, or all before a text that does not say so:
+
+        bos  text  image_start code·n image_end  text  image_start code·n image_end  text  eos
+
     Codes are placeholders here, to be filled from the picture or from cached codes. The text of a row may be missing, its
     picture too. A text that makes the stream longer than `max_length` loses its end; an image is never cut. Streams are
     made a batch at a time: one read of the table, one call of the tokenizer.
 
     Args:
-        rows: with a column `text_column`, and `image` or `image_codes` unless only text is wanted.
+        rows: with a column `text_column`, and `image`, `images` (lists), or `image_codes` (of either) unless only text is
+            wanted.
         tokenizer: with the tokens of `add_special_tokens`; control tokens inside captions are read as plain text.
         codes_per_image: n.
         image_first: share of samples with the image before the text.
@@ -227,7 +243,8 @@ class StreamDataset(EpochDataset):
         augment: str,
         seed: int,
     ):
-        wanted = ("image", "image_codes", text_column)
+        self.many = has_many(rows)
+        wanted = ("images" if self.many else "image", "image_codes", text_column)
         super().__init__(rows.select_columns([name for name in rows.column_names if name in wanted]), augment, seed)
         self.tokenizer, self.text_column = tokenizer, text_column
         self.image_first, self.caption_dropout, self.max_length = image_first, caption_dropout, max_length
@@ -246,6 +263,9 @@ class StreamDataset(EpochDataset):
         """The samples of a batch, as `DataLoader` asks for them."""
         rows = self.rows[indices]
         nothing = [None] * len(indices)
+        if self.many:
+            parts = (rows[self.text_column], rows.get("images", nothing), rows.get("image_codes", nothing))
+            return [self.sample_of_many(*part) for part in zip(indices, *parts, strict=True)]
         texts = self.words(rows[self.text_column])
         parts = zip(indices, texts, rows.get("image", nothing), rows.get("image_codes", nothing), strict=True)
         return [self.sample(*part) for part in parts]
@@ -279,8 +299,42 @@ class StreamDataset(EpochDataset):
         pixels = None if picture is None else self.augmentation(to_pixels(picture), generator)
         return {"input_ids": ids, "pixel_values": pixels, "image_codes": codes}
 
+    def sample_of_many(
+        self, index: int, text: str | None, pictures: list[Image.Image] | None, codes: list[list[int]] | None
+    ) -> dict:
+        count = len((pictures if codes is None else codes) or [])
+        pieces = (text or "").split(self.tokenizer.image_token)
+        pieces = [""] * count + pieces if len(pieces) == 1 else pieces
+        if len(pieces) != count + 1:
+            raise ValueError(
+                f"row {index} of the data has {len(pieces) - 1} {self.tokenizer.image_token} in its text, but {count} images"
+            )
+        words = self.words(pieces)
+        room = self.max_length - 2 - count * len(self.image) - sum(map(len, words[:-1]))
+        if room < 0:
+            raise ValueError(
+                f"row {index} of the data takes {self.max_length - room} tokens up to its last image, more than the "
+                f"{self.max_length} of a stream; raise --max_length or split it"
+            )
+        words[-1] = words[-1][:room]
+        ids = [self.tokenizer.bos_token_id, *words[0]]
+        for own in words[1:]:
+            ids += [*self.image, *own]
+        ids.append(self.tokenizer.eos_token_id)
+        generator = self.generator(index)
+        pixels = [self.augmentation(to_pixels(picture), generator) for picture in pictures or []]
+        return {
+            "input_ids": ids,
+            "pixel_values": torch.stack(pixels) if pixels else None,
+            "image_codes": codes or None,
+        }
+
     def lengths(self) -> np.ndarray:
         """Length (N,) of every stream, as long as its caption is not dropped."""
+        if self.many:
+            name = "image_codes" if "image_codes" in self.rows.column_names else "images"
+            column = self.rows.select_columns([self.text_column, name]).with_format("arrow")
+            return np.array([length for batch in column.iter(1000) for length in self._lengths_of_many(batch, name)])
         texts = self.rows.select_columns(self.text_column)
         words = [len(ids) for batch in texts.iter(1000) for ids in self.words(batch[self.text_column])]
         images = np.zeros(len(self), dtype=bool)
@@ -291,6 +345,14 @@ class StreamDataset(EpochDataset):
                 column = self.rows.select_columns(name).with_format("arrow")
                 images |= np.concatenate([batch[name].is_valid().to_numpy(False) for batch in column.iter(1000)])
         return np.minimum(np.array(words) + images * len(self.image) + 2, self.max_length)
+
+    def _lengths_of_many(self, batch: pa.Table, name: str) -> list[int]:
+        counts = batch[name].combine_chunks().value_lengths().fill_null(0).to_pylist()
+        texts = [(text or "").replace(self.tokenizer.image_token, "") for text in batch[self.text_column].to_pylist()]
+        lengths = [
+            len(own) + count * len(self.image) + 2 for own, count in zip(self.words(texts), counts, strict=True)
+        ]
+        return [min(length, self.max_length) for length in lengths]
 
 
 class LengthGroupedSampler(torch.utils.data.Sampler):
@@ -342,8 +404,10 @@ class StreamCollator:
         }
         pictures = [sample["pixel_values"] for sample in samples if sample["pixel_values"] is not None]
         if pictures:
-            batch["pixel_values"] = torch.stack(pictures)  # (M, 3, H, W)
-        codes = [sample["image_codes"] for sample in samples if sample.get("image_codes") is not None]
+            batch["pixel_values"] = torch.cat(
+                [own if own.ndim == 4 else own[None] for own in pictures]
+            )  # (M, 3, H, W)
+        codes = [torch.tensor(sample["image_codes"]) for sample in samples if sample.get("image_codes") is not None]
         if codes:
-            batch["image_codes"] = torch.tensor(codes)  # (M, h·w)
+            batch["image_codes"] = torch.cat([own if own.ndim == 2 else own[None] for own in codes])  # (M, h·w)
         return batch

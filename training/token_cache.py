@@ -1,7 +1,8 @@
 """Encodes pictures once: `unitok-hf encode --checkpoint out/tokenizer --data_path data/a.parquet --output_dir data/codes`.
 
     output_dir/codes-00000-of-00012.parquet, …
-        image_codes   list<int32>, h·w codes row by row; null where a row has no picture
+        image_codes   list<int32>, h·w codes row by row; null where a row has no picture. Of rows with lists of images
+                      (column `images`): a list of such lists
         …             every column of the data but the picture
         schema metadata "unitok": the tokenizer's fingerprint, the grid, and which rows of which data
 
@@ -25,7 +26,7 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 from ..modeling_unitok.modeling_vq import UniTokVQModel
-from .collators import parquet_files, read_rows, require_size, to_pixels
+from .collators import has_many, parquet_files, read_rows, require_size, to_pixels
 
 
 METADATA_KEY = b"unitok"
@@ -99,8 +100,11 @@ def encode(args: EncodeArguments) -> list[Path]:
     require_size(rows, vq_model.config.sample_size)
     size = vq_model.config.sample_size
     total = math.ceil(len(rows) / args.rows_per_shard)
-    features = datasets.Features({name: kind for name, kind in rows.features.items() if name != "image"})
+    images = "images" if has_many(rows) else "image"
+    features = datasets.Features({name: kind for name, kind in rows.features.items() if name != images})
     features["image_codes"] = datasets.List(datasets.Value("int32"))
+    if images == "images":
+        features["image_codes"] = datasets.List(features["image_codes"])
     about = {
         "tokenizer": fingerprint(vq_model),
         "grid": list(vq_model.grid(size, size)),
@@ -136,19 +140,23 @@ def write_shard(
     path: Path,
 ) -> None:
     """One Parquet file of codes, written beside and renamed."""
-    codes: list[list[int] | None] = []
-    for batch in rows.select_columns("image").iter(batch_size):
-        there = [index for index, picture in enumerate(batch["image"]) if picture is not None]
-        found: list[list[int] | None] = [None] * len(batch["image"])
-        if there:
-            pixels = torch.stack([to_pixels(batch["image"][index]) for index in there]).to(vq_model.device)
-            for index, row in zip(there, vq_model.encode_to_indices(pixels).flatten(1).tolist(), strict=True):
-                found[index] = row
-        codes += found
-    table = rows.remove_columns("image").with_format("arrow")[:]
+    codes: list[list | None] = []
+    many = has_many(rows)
+    images = "images" if many else "image"
+    for batch in rows.select_columns(images).iter(batch_size):
+        own = [(row or []) if many else [row] if row is not None else [] for row in batch[images]]
+        pictures = [to_pixels(picture) for row in own for picture in row]
+        found = iter([])
+        if pictures:
+            pixels = torch.stack(pictures).to(vq_model.device)
+            found = iter(vq_model.encode_to_indices(pixels).flatten(1).tolist())
+        rows_of_codes = [[next(found) for _ in row] for row in own]
+        codes += rows_of_codes if many else [row[0] if row else None for row in rows_of_codes]
+    table = rows.remove_columns(images).with_format("arrow")[:]
     schema = features.arrow_schema
+    kind = schema.field("image_codes").type
     schema = schema.with_metadata({**schema.metadata, METADATA_KEY: json.dumps(about).encode()})
-    table = table.append_column("image_codes", pa.array(codes, pa.list_(pa.int32()))).cast(schema)
+    table = table.append_column("image_codes", pa.array(codes, kind)).cast(schema)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     pq.write_table(table, beside)
     os.replace(beside, path)
