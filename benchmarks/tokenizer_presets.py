@@ -44,7 +44,9 @@ def run(preset: dict, train, test, minutes: float, seed: int) -> dict:
             disable_tqdm=True, logging_strategy="no", **preset,
         )  # fmt: skip
         torch.manual_seed(seed)
-        return VQTrainer(build_training_model(arguments), arguments, train_dataset=PictureDataset(train, "none", seed))
+        return VQTrainer(
+            build_training_model(arguments), arguments, train_dataset=PictureDataset(train, arguments.augment, seed)
+        )
 
     with tempfile.TemporaryDirectory() as folder:
         trainer(5, folder).train()

@@ -4,8 +4,8 @@ pip install vector-quantize-pytorch
 python benchmarks/tokenizer_quality.py --data_path emoji64.parquet --group_column group --minutes 10 --seeds 0 1 2
 
 Every method trains the inner network of `configs/vq-64.yaml` from scratch for the same time on the same rows, with the same
-optimizer, schedule, batches and order of pictures; what differs is the quantizer with its start, and the losses. All are
-measured on rows of unseen groups. The number of steps is set beforehand from the measured speed of each method, so that
+optimizer, schedule, batches and order of pictures; what differs is the quantizer with its start, the losses, and that ours
+sees every other picture mirrored, as the preset says. All are measured on rows of unseen groups. The number of steps is set beforehand from the measured speed of each method, so that
 every run ends its own learning-rate schedule and a disturbed machine cannot change a result.
 
 - ours: `unitok-hf train-tokenizer` with its defaults
@@ -122,7 +122,7 @@ def train(method: type[nn.Module], preset: dict, rows, steps: int, seed: int) ->
         )  # fmt: skip
         torch.manual_seed(seed)
         model = method(arguments)
-        trainer = model.trainer(arguments, PictureDataset(rows, "none", seed))
+        trainer = model.trainer(arguments, PictureDataset(rows, arguments.augment if method is Ours else "none", seed))
         begin = time.perf_counter()
         trainer.train()
         return model.eval(), time.perf_counter() - begin
