@@ -42,7 +42,7 @@ def test_the_demo_leaves_data_models_report_and_metrics(short):
     left = {entry.name for entry in short.iterdir()}
     assert left == {"digits-train.parquet", "digits-test.parquet", "tokenizer", "model", "report.png", "metrics.json"}
     metrics = json.loads((short / "metrics.json").read_text())
-    assert set(metrics) == SHARES | {"psnr", "ssim", "codebook_perplexity", "seconds", "commit"}
+    assert set(metrics) == SHARES | {"psnr", "ssim", "ms_ssim", "codebook_perplexity", "seconds", "commit"}
     assert all(0 <= metrics[name] <= 1 for name in SHARES)
     assert set(metrics["seconds"]) == STAGES and all(value >= 0 for value in metrics["seconds"].values())
     asked = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True)
