@@ -105,6 +105,11 @@ def has_many(rows: datasets.Dataset) -> bool:
     return isinstance(codes, datasets.List) and isinstance(codes.feature, datasets.List)
 
 
+def image_column(rows: datasets.Dataset) -> str:
+    """Where the pictures of rows are, or were before they were encoded."""
+    return "images" if has_many(rows) else "image"
+
+
 def require_images(rows: datasets.Dataset) -> tuple[int, int]:
     """Width and height of the first picture of the rows; raises ValueError when there is none."""
     if has_many(rows):
@@ -244,7 +249,7 @@ class StreamDataset(EpochDataset):
         seed: int,
     ):
         self.many = has_many(rows)
-        wanted = ("images" if self.many else "image", "image_codes", text_column)
+        wanted = (image_column(rows), "image_codes", text_column)
         super().__init__(rows.select_columns([name for name in rows.column_names if name in wanted]), augment, seed)
         self.tokenizer, self.text_column = tokenizer, text_column
         self.image_first, self.caption_dropout, self.max_length = image_first, caption_dropout, max_length

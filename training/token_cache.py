@@ -26,7 +26,7 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 from ..modeling_unitok.modeling_vq import UniTokVQModel
-from .collators import has_many, parquet_files, read_rows, require_size, to_pixels
+from .collators import has_many, image_column, parquet_files, read_rows, require_size, to_pixels
 
 
 METADATA_KEY = b"unitok"
@@ -100,10 +100,9 @@ def encode(args: EncodeArguments) -> list[Path]:
     require_size(rows, vq_model.config.sample_size)
     size = vq_model.config.sample_size
     total = math.ceil(len(rows) / args.rows_per_shard)
-    images = "images" if has_many(rows) else "image"
-    features = datasets.Features({name: kind for name, kind in rows.features.items() if name != images})
+    features = datasets.Features({name: kind for name, kind in rows.features.items() if name != image_column(rows)})
     features["image_codes"] = datasets.List(datasets.Value("int32"))
-    if images == "images":
+    if has_many(rows):
         features["image_codes"] = datasets.List(features["image_codes"])
     about = {
         "tokenizer": fingerprint(vq_model),
@@ -141,8 +140,7 @@ def write_shard(
 ) -> None:
     """One Parquet file of codes, written beside and renamed."""
     codes: list[list | None] = []
-    many = has_many(rows)
-    images = "images" if many else "image"
+    many, images = has_many(rows), image_column(rows)
     for batch in rows.select_columns(images).iter(batch_size):
         own = [(row or []) if many else [row] if row is not None else [] for row in batch[images]]
         pictures = [to_pixels(picture) for row in own for picture in row]
