@@ -7,8 +7,8 @@
 - transformers' own class for "any-to-any" asks for torchvision as soon as a model reads images, whether or not its image
   processor needs it; ours does not. Without torchvision it has to be named, as above
 - `generation_mode` "auto" or "interleaved" gives `generated_content`: strings and pictures in their order
-- a folder for transformers serves diffusers too, when a `model_index.json` lies in it, which `UniTokPipeline.save_pretrained`
-  writes
+- `UniTokPipeline` loads what `AutoModel` loads: one folder, or one repository on the Hub, serves both libraries. diffusers'
+  own loader knows no component classes outside of it, unless they lie on the disk
 """
 
 import os
@@ -16,7 +16,7 @@ import os
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from PIL import Image
-from transformers import AnyToAnyPipeline, Pipeline
+from transformers import AnyToAnyPipeline, AutoModel, AutoProcessor, Pipeline
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 
 
@@ -77,6 +77,26 @@ class UniTokPipeline(DiffusionPipeline):
     def __init__(self, model, processor):
         super().__init__()
         self.register_modules(model=model, processor=processor)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, torch_dtype: torch.dtype | None = None, **kwargs
+    ) -> "UniTokPipeline":
+        """The pipeline of a saved model.
+
+        Args:
+            pretrained_model_name_or_path: a folder, or a repository on the Hub, as `AutoModel.from_pretrained` takes it.
+            torch_dtype: of the language model's weights; by default as they were saved.
+            **kwargs: `revision`, `token`, `cache_dir`, `local_files_only` and the like, for model and processor.
+
+        Raises:
+            OSError: there is no model or no processor.
+        """
+        dtype = {} if torch_dtype is None else {"dtype": torch_dtype}
+        return cls(
+            AutoModel.from_pretrained(pretrained_model_name_or_path, **dtype, **kwargs),
+            AutoProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs),
+        )
 
     @torch.no_grad()
     def __call__(
