@@ -38,8 +38,26 @@ EXTRAS = {
         "torch-fidelity>=0.4",  # the oldest tried; Inception for rFID
         "torchvision",  # no bound: the build that fits torch; VGG below LPIPS, and torch-fidelity imports it
     ],
+    "track": [
+        "tensorboard",  # no bound: scalars and pictures of a run
+        "trackio",  # no bound: the same, as a page of one's own
+    ],
+    "app": [
+        "gradio>=6,<7",  # the oldest tried; each major version has renamed arguments
+    ],
+    "export": [
+        "onnx",  # no bound: what torch.onnx asks for
+        "onnxscript",  # no bound: likewise
+    ],
+    "serve": [
+        "transformers[serving]",  # no bound of its own: the web server below `transformers serve`
+    ],
     "test": [
-        "unitok-hf[demo,lora,perceptual]",
+        "unitok-hf[app,demo,export,lora,perceptual,serve,track]",
+        "ipykernel",  # no bound: runs the notebook
+        "nbclient",  # no bound: likewise
+        "onnxruntime",  # no bound: runs what was exported
+        "playwright",  # no bound: drives a browser, where one is installed
         "pytest>=8",
         "ruff",
     ],

@@ -62,6 +62,7 @@ from .push import push_run
 from .reconstruction import picture_rows
 from .runs import checkpoint_to_resume, require_finite, save_arguments, save_beside
 from .token_cache import require_fresh
+from .tracking import LastEvaluationCallback, last_metrics, track_pictures
 
 
 @dataclass(kw_only=True)
@@ -362,7 +363,9 @@ class GPTTrainer(StreamTrainer):
             )
             for _ in range(2)
         ]
-        picture_rows(rows).save(folder / f"step_{self.state.global_step:06d}.png")
+        pictures = picture_rows(rows)
+        pictures.save(folder / f"step_{self.state.global_step:06d}.png")
+        track_pictures(self, pictures)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Bits per text token and per image token over the whole set, and drawings of the prompts."""
@@ -370,9 +373,9 @@ class GPTTrainer(StreamTrainer):
         batch_size = self.args.per_device_eval_batch_size
         found = stream_bits(self.model.eval(), streams, self.data_collator, batch_size, self.accelerator)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+        self.log(metrics)
         if self.prompts and self.is_world_process_zero():
             self.draw()
-        self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
@@ -540,14 +543,14 @@ def train_gpt(args: GPTTrainingArguments) -> dict[str, float]:
         "eval_dataset": streams(eval_rows, "none"),
         "data_collator": StreamCollator(tokenizer),
         "processing_class": processor,
-        "callbacks": [EpochCallback()],
+        "callbacks": [EpochCallback(), LastEvaluationCallback()],
     }
     if vq_model is None:
         trainer = TextTrainer(**parts)
     else:
         trainer = GPTTrainer(prompts=prompts_to_draw(args, eval_rows), **parts)
     trainer.train(resume_from_checkpoint=checkpoint)
-    metrics = trainer.evaluate()
+    metrics = last_metrics(trainer)
     if trainer.is_world_process_zero():
         if args.lora_rank:
             save_beside(str(Path(args.output_dir) / "adapter"), model.save_pretrained)

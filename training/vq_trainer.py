@@ -51,6 +51,7 @@ from .push import push_run
 from .quantizers import ESTIMATORS, NORMS, QUANTIZERS, Quantizer, forget_rows
 from .reconstruction import ReconstructionMeter, picture_rows
 from .runs import checkpoint_to_resume, load_tensors, require_finite, save_arguments, save_beside
+from .tracking import LastEvaluationCallback, last_metrics, track_pictures
 from .weight_average import WeightAverage
 
 
@@ -455,7 +456,7 @@ class VQTrainer(Trainer):
     """`transformers.Trainer` for `VQTrainingModel`: loss terms and codebook in the log, pictures at every evaluation."""
 
     def __init__(self, model: VQTrainingModel, args: VQTrainingArguments, **kwargs):
-        callbacks = [EpochCallback(), CodebookCallback(args.continuous_fraction)]
+        callbacks = [EpochCallback(), CodebookCallback(args.continuous_fraction), LastEvaluationCallback()]
         super().__init__(model=model, args=args, data_collator=PictureCollator(), callbacks=callbacks, **kwargs)
         self.terms: dict[str, list[torch.Tensor]] = defaultdict(list)
         self.health = HealthWatch()
@@ -546,11 +547,13 @@ class VQTrainer(Trainer):
         for batch in self.get_eval_dataloader(eval_dataset):
             meter.update(batch["pixel_values"])
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in meter.compute().items()}
+        self.log(metrics)
         if self.is_world_process_zero():
             path = Path(self.args.output_dir) / "samples" / f"step_{self.state.global_step:06d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            picture_rows(meter.shown).save(path)
-        self.log(metrics)
+            pictures = picture_rows(meter.shown)
+            pictures.save(path)
+            track_pictures(self, pictures)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
@@ -641,7 +644,7 @@ def train_tokenizer(args: VQTrainingArguments) -> dict[str, float]:
         eval_dataset=PictureDataset(eval_rows, "none", args.seed),
     )
     trainer.train(resume_from_checkpoint=checkpoint)
-    metrics = trainer.evaluate()
+    metrics = last_metrics(trainer)
     if trainer.is_world_process_zero():
         shown = [trainer.eval_dataset[row] for row in range(min(64, len(trainer.eval_dataset)))]
         pixels = trainer.data_collator(shown)["pixel_values"]
