@@ -43,11 +43,12 @@ EXTRAS = {
         "trackio",  # no bound: the same, as a page of one's own
     ],
     "app": [
-        "gradio>=6,<7",  # the oldest tried; each major version has renamed arguments
+        "gradio>=6.31,<7",  # the oldest tried; 6.0 asks for huggingface_hub below 2
     ],
     "export": [
         "onnx",  # no bound: what torch.onnx asks for
         "onnxscript",  # no bound: likewise
+        "onnxruntime",  # no bound: proves what was exported
     ],
     "serve": [
         "transformers[serving]",  # no bound of its own: the web server below `transformers serve`
@@ -56,7 +57,6 @@ EXTRAS = {
         "unitok-hf[app,demo,export,lora,perceptual,serve,track]",
         "ipykernel",  # no bound: runs the notebook
         "nbclient",  # no bound: likewise
-        "onnxruntime",  # no bound: runs what was exported
         "playwright",  # no bound: drives a browser, where one is installed
         "pytest>=8",
         "ruff",

@@ -53,6 +53,9 @@ COMMANDS = {
     ),
     "generate": Command("write and draw with a trained model", "training.generate", "GenerateArguments", "generate"),
     "evaluate": Command("measure a tokenizer or a model", "training.evaluation", "EvaluateArguments", "evaluate"),
+    "app": Command("draw, read and complete pictures on a page", "training.app", "AppArguments", "app"),
+    "serve": Command("answer chats over HTTP with a trained model", "training.serve", "ServeArguments", "serve"),
+    "export": Command("write a model or tokenizer for other programs", "training.export", "ExportArguments", "export"),
     "push": Command("share a model, a tokenizer or data on the Hub", "training.push", "PushArguments", "push"),
     "demo": Command("all of this on handwritten digits, in minutes", "training.demo", "DemoArguments", "demo"),
 }

@@ -30,6 +30,13 @@ UNITOK_TOKENS = {
     "uncond_token": "<|uncond|>",
 }
 PAD_TOKEN, BOS_TOKEN = "<|pad|>", "<|bos|>"
+# A conversation as a model that knows only pictures and captions has seen them: what was said, without who said it.
+PLAIN_CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message.content is string %}{{ message.content }}{% else %}"
+    "{% for part in message.content %}{{ '<|image|>' if part.type == 'image' else part.text }}{% endfor %}{% endif %}"
+    "{% endfor %}"
+)
 
 
 def add_special_tokens(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

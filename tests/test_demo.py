@@ -4,9 +4,12 @@ import json
 import subprocess
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import pytest
 import torch
+from loopback_hub import LoopbackHub
+from nbclient import NotebookClient
 from PIL import Image
 from transformers import AutoModel
 
@@ -74,6 +77,24 @@ def test_the_judge_knows_real_digits_and_was_fitted_to_others(short):
     assert judge.accuracy(pixels[1], (digits[1] + 1) % 10) < 0.03
     seen = {row.numpy().tobytes() for row in pixels[0]}
     assert not any(row.numpy().tobytes() in seen for row in pixels[1])
+
+
+def test_the_notebook_runs_on_what_the_demo_leaves(short, tmp_path):
+    """All of quickstart.ipynb, fine-tuned for two steps and pushed to a Hub on this machine."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/demo").symlink_to(short)
+    notebook = nbformat.read(ROOT / "notebooks/quickstart.ipynb", as_version=4)
+    settings = next(cell for cell in notebook.cells if cell.cell_type == "code")
+    settings.source += '\nfinetuning_steps, repo = 2, "me/digits"'
+    for cell in notebook.cells:
+        cell.pop("outputs", None)
+    with LoopbackHub() as hub:
+        environment = hub.environment(tmp_path / "home") | {"PYTHONPATH": str(ROOT)}
+        client = NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}})
+        client.execute(env=environment)
+        assert "model.safetensors" in hub.repositories["model", "me/digits"].files()
+    shown = [output.data for cell in notebook.cells for output in cell.get("outputs", []) if "data" in output]
+    assert sum("image/png" in data for data in shown) >= 5
 
 
 @pytest.mark.parametrize("name", ["tokenizer_steps", "steps", "drawings"])

@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from unitok_hf import UniTokForConditionalGeneration
+from unitok_hf.training.export import plain_text_model
 
 
 SIZE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -104,3 +105,12 @@ def test_a_model_whose_bos_is_its_eos_or_that_pads_with_an_end_learns_to_draw(vq
         assert model.config.bos_token_id == own.bos_token_id
         assert tokenizer.pad_token_id not in torch.tensor(model.config.eos_token_id)
         assert model.generate(torch.tensor([[own.bos_token_id, 20]]), generation_mode="image").shape == (1, 16)
+
+
+@torch.no_grad()
+def test_it_is_a_plain_model_of_its_kind_again(text_model, vq_model, tokenizer):
+    model = UniTokForConditionalGeneration.from_parts(text_model, vq_model, tokenizer)
+    plain = plain_text_model(model)
+    ids = torch.randint(7, model.config.vocab_size, (2, 30), generator=torch.Generator().manual_seed(0))
+    assert type(plain) is type(text_model)
+    assert torch.equal(plain(input_ids=ids).logits, model(input_ids=ids).logits)

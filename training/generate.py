@@ -81,8 +81,8 @@ def pick_device(name: str) -> torch.device:
         raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
 
 
-def load_model(checkpoint: str, device: torch.device) -> tuple[UniTokForConditionalGeneration, UniTokProcessor]:
-    """A trained model in evaluation mode, and its processor.
+def require_model(checkpoint: str) -> None:
+    """See that a folder or Hub id is of a UniTok model, by its configuration.
 
     Raises:
         OSError: there is nothing at this path, and nothing that the Hub gives us by this name.
@@ -97,6 +97,11 @@ def load_model(checkpoint: str, device: torch.device) -> tuple[UniTokForConditio
     if config.get("model_type") != UniTokConfig.model_type:
         kind = config.get("model_type") or config.get("_class_name") or "nothing we know"
         raise ValueError(f"{checkpoint} holds no UniTok model, but {kind}; `unitok-hf train` makes one")
+
+
+def load_model(checkpoint: str, device: torch.device) -> tuple[UniTokForConditionalGeneration, UniTokProcessor]:
+    """A trained model in evaluation mode, and its processor; raises as `require_model`."""
+    require_model(checkpoint)
     model, processor = (
         AutoModel.from_pretrained(checkpoint).to(device).eval(),
         AutoProcessor.from_pretrained(checkpoint),

@@ -42,7 +42,7 @@ from ..configuration.configuration_unitok import UniTokConfig
 from ..modeling_unitok.modeling_unitok import UniTokForConditionalGeneration
 from ..modeling_unitok.modeling_vq import UniTokVQModel
 from ..processing.image_processing_unitok import UniTokImageProcessor
-from ..processing.processing_unitok import UNITOK_TOKENS, UniTokProcessor, add_special_tokens
+from ..processing.processing_unitok import PLAIN_CHAT_TEMPLATE, UNITOK_TOKENS, UniTokProcessor, add_special_tokens
 from .collators import (
     EpochCallback,
     LengthGroupedSampler,
@@ -401,7 +401,8 @@ def build_model(
     model = UniTokForConditionalGeneration.from_parts(text_model, vq_model, tokenizer)
     size = vq_model.config.sample_size
     image_processor = UniTokImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
-    processor = UniTokProcessor(image_processor, tokenizer, num_image_tokens=model.vocabulary.codes_per_image)
+    template = tokenizer.chat_template or PLAIN_CHAT_TEMPLATE
+    processor = UniTokProcessor(image_processor, tokenizer, template, model.vocabulary.codes_per_image)
     return model, processor
 
 
@@ -543,12 +544,13 @@ def train_gpt(args: GPTTrainingArguments) -> dict[str, float]:
         "eval_dataset": streams(eval_rows, "none"),
         "data_collator": StreamCollator(tokenizer),
         "processing_class": processor,
-        "callbacks": [EpochCallback(), LastEvaluationCallback()],
+        "callbacks": [EpochCallback()],
     }
     if vq_model is None:
         trainer = TextTrainer(**parts)
     else:
         trainer = GPTTrainer(prompts=prompts_to_draw(args, eval_rows), **parts)
+    trainer.add_callback(LastEvaluationCallback())
     trainer.train(resume_from_checkpoint=checkpoint)
     metrics = last_metrics(trainer)
     if trainer.is_world_process_zero():

@@ -456,7 +456,7 @@ class VQTrainer(Trainer):
     """`transformers.Trainer` for `VQTrainingModel`: loss terms and codebook in the log, pictures at every evaluation."""
 
     def __init__(self, model: VQTrainingModel, args: VQTrainingArguments, **kwargs):
-        callbacks = [EpochCallback(), CodebookCallback(args.continuous_fraction), LastEvaluationCallback()]
+        callbacks = [EpochCallback(), CodebookCallback(args.continuous_fraction)]
         super().__init__(model=model, args=args, data_collator=PictureCollator(), callbacks=callbacks, **kwargs)
         self.terms: dict[str, list[torch.Tensor]] = defaultdict(list)
         self.health = HealthWatch()
@@ -643,6 +643,7 @@ def train_tokenizer(args: VQTrainingArguments) -> dict[str, float]:
         train_dataset=PictureDataset(rows, args.augment, data_seed),
         eval_dataset=PictureDataset(eval_rows, "none", args.seed),
     )
+    trainer.add_callback(LastEvaluationCallback())
     trainer.train(resume_from_checkpoint=checkpoint)
     metrics = last_metrics(trainer)
     if trainer.is_world_process_zero():
