@@ -16,6 +16,9 @@ test: $(INSTALLED)  ## run the tests, without the slow ones
 test-slow: $(INSTALLED)  ## run the slow tests, some of which need the network
 	$(VENV)/bin/python -m pytest -m slow
 
+conformance: $(VENV)/.conformance  ## run transformers' own tests of models on ours; fetches them the first time
+	RUN_SLOW=1 $(VENV)/bin/python -m pytest -m '' tests/conformance/conformance_*.py
+
 lint: $(INSTALLED)  ## check style and format
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
@@ -29,4 +32,8 @@ $(INSTALLED): setup.py pyproject.toml constraints.txt
 	$(VENV)/bin/python -m pip install -c constraints.txt -e '.[test]'
 	touch $@
 
-.PHONY: help demo test test-slow lint clean
+$(VENV)/.conformance: $(INSTALLED)
+	$(VENV)/bin/python -m pip install -c constraints.txt -e '.[conformance]'
+	touch $@
+
+.PHONY: help demo test test-slow conformance lint clean

@@ -61,6 +61,10 @@ EXTRAS = {
         "pytest>=8",
         "ruff",
     ],
+    "conformance": [
+        "unitok-hf[test]",
+        "parameterized",  # no bound: transformers' own tests import it
+    ],
 }
 
 setup(

@@ -18,11 +18,14 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModel, Cache, GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, ModelOutput
 from transformers.modeling_utils import slice_logits_to_keep
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
 
 from ..configuration.configuration_unitok import SPECIAL_TOKENS, UniTokConfig
 from ..configuration.vocabulary_unitok import VisualVocabulary
@@ -164,9 +167,27 @@ class UniTokModel(UniTokPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.language_model.set_input_embeddings(value)
 
-    def forward(self, input_ids: torch.LongTensor | None = None, **kwargs) -> BaseModelOutputWithPast:
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPast:
         """Hidden states (B, T, D) of token ids (B, T) in which no placeholder is left; arguments as the text model's."""
-        return self.language_model(input_ids=input_ids, **kwargs)
+        return self.language_model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
 
 
 class UniTokForConditionalGeneration(
@@ -372,15 +393,15 @@ class UniTokForConditionalGeneration(
         return logits if cap is None else cap * torch.tanh(logits.float() / cap)
 
     def token_losses(
-        self, hidden: torch.Tensor, labels: torch.LongTensor, num_items_in_batch: torch.Tensor | int | None
+        self, hidden: torch.Tensor, shift_labels: torch.LongTensor, num_items_in_batch: torch.Tensor | int | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Loss, mean text loss and mean image loss of hidden states (B, T, D) and unshifted labels (B, T)."""
-        targets = labels[:, 1:].to(hidden.device)
+        """Loss, mean text loss and mean image loss of hidden states (B, T, D) and what is to follow each (B, T)."""
+        targets = shift_labels.to(hidden.device)
         labelled = targets != -100
         targets = targets[labelled]  # (N,)
         visual = self.vocabulary.is_visual(targets)
         loss, nll = sliced_cross_entropy(
-            hidden[:, :-1][labelled],
+            hidden[labelled],
             targets,
             torch.where(visual, float(self.config.image_loss_weight), float(self.config.text_loss_weight)),
             lambda rows: self.softcap(self.lm_head(rows)),
@@ -391,6 +412,7 @@ class UniTokForConditionalGeneration(
         text_loss, image_loss = ((nll * kind).sum() / kind.sum().clamp(min=1) for kind in (~visual, visual))
         return loss / items, text_loss, image_loss
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -401,11 +423,12 @@ class UniTokForConditionalGeneration(
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
+        shift_labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
         skip_logits: bool | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> UniTokOutput:
         """Logits, and the loss when labels are given.
 
@@ -414,6 +437,8 @@ class UniTokForConditionalGeneration(
             pixel_values: (M, 3, H, W) in [-1, 1].
             image_codes: (M, h·w) int64, in place of `pixel_values`.
             labels: (B, T), token ids or placeholders where `input_ids` has them; -100 is ignored. Shifted inside.
+            shift_labels: (B, T), in place of `labels`: what follows each position. Whoever splits sequences over devices
+                shifts before.
             num_items_in_batch: labelled tokens over all accumulated batches and processes; the loss is divided by it.
             logits_to_keep: compute logits for the last so many positions only; 0 for all.
             skip_logits: return None for the logits, which the loss does not need. Default: in training with labels.
@@ -431,9 +456,14 @@ class UniTokForConditionalGeneration(
         if with_images or (begins and input_ids is not None):
             self._require_known(input_ids)
             filled = self.fill_images(input_ids, pixel_values, image_codes)
-            if labels is not None:
+            if shift_labels is not None:
+                following = F.pad(filled[:, 1:], (0, 1), value=-100)
+                shift_labels = torch.where(shift_labels == self.config.image_token_id, following, shift_labels)
+            elif labels is not None:
                 labels = torch.where(labels == self.config.image_token_id, filled, labels)
             input_ids = filled
+        if shift_labels is None and labels is not None:
+            shift_labels = F.pad(labels[:, 1:], (0, 1), value=-100)
         outputs = self.model.language_model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -444,9 +474,11 @@ class UniTokForConditionalGeneration(
             **kwargs,
         )
         loss = text_loss = image_loss = logits = None
-        if labels is not None:
-            loss, text_loss, image_loss = self.token_losses(outputs.last_hidden_state, labels, num_items_in_batch)
-        if not (self.training and labels is not None if skip_logits is None else skip_logits):
+        if shift_labels is not None:
+            loss, text_loss, image_loss = self.token_losses(
+                outputs.last_hidden_state, shift_labels, num_items_in_batch
+            )
+        if not (self.training and shift_labels is not None if skip_logits is None else skip_logits):
             hidden = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
             logits = self.softcap(self.lm_head(hidden))  # (B, T, V)
         return UniTokOutput(

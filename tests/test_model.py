@@ -631,3 +631,13 @@ def test_the_model_without_a_head_grows_as_well(model):
     headless.resize_token_embeddings(400)
     assert torch.equal(headless.get_input_embeddings().weight[448:], codes)
     assert headless.vocabulary.offset == 448
+
+
+def test_labels_may_come_shifted_and_outputs_as_a_tuple(model, processor, pictures, captions):
+    batch = processor(text=captions, images=pictures, return_tensors="pt")
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+    before, after = model(**batch, labels=labels), model(**batch, shift_labels=shifted)
+    assert torch.equal(before.loss, after.loss) and torch.equal(before.image_loss, after.image_loss)
+    as_tuple = model(**batch, labels=labels, return_dict=False)
+    assert torch.equal(as_tuple[0], before.loss) and torch.equal(as_tuple[3], before.logits)
