@@ -8,6 +8,7 @@ import nbformat
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from loopback_hub import LoopbackHub
 from nbclient import NotebookClient
 from PIL import Image
@@ -57,6 +58,20 @@ def test_the_demo_leaves_data_models_report_and_metrics(short):
     assert type(model) is UniTokForConditionalGeneration
     assert model.vocabulary.grid == tokenizer.grid(32, 32) == (4, 4)
     assert torch.equal(model.model.vqmodel.codebook, tokenizer.codebook)
+
+
+def test_both_models_have_a_card_of_what_was_measured(short):
+    metrics = json.loads((short / "metrics.json").read_text())
+    for name, measures in (("tokenizer", {"psnr", "codebook_usage"}), ("model", {"digit_accuracy", "image_bits"})):
+        card = ModelCard.load(short / name / "README.md")
+        found = {result.metric_type: result.metric_value for result in card.data.eval_results}
+        assert measures <= set(found)
+        assert all(found[measure] == metrics[measure] for measure in measures & set(metrics))
+        assert f'from_pretrained("{short / name}")' in card.text
+    widget = card.data.widget
+    assert [entry["text"] for entry in widget] and all(
+        (short / "model" / e["output"]["url"]).is_file() for e in widget
+    )
 
 
 def test_an_earlier_demo_is_kept(short):

@@ -13,6 +13,8 @@ from loopback_hub import LoopbackHub
 from safetensors.torch import save_file
 
 from unitok_hf import save_remote_code
+from unitok_hf.training.cards import write_card
+from unitok_hf.training.push import files_to_share
 from unitok_hf.training.runs import save_beside
 
 
@@ -262,6 +264,17 @@ def test_a_tokenizer_is_pushed_with_its_card(hub, vq_model, tmp_path):
     assert list(repository.files("main")) == [".gitattributes"]
     about = ModelCard(files["README.md"].decode())
     assert about.data.library_name == "diffusers" and 'from_pretrained("me/tokenizer")' in about.text
+
+
+def test_a_card_is_made_again_for_its_repository_unless_somebody_wrote_it(vq_model, tmp_path):
+    vq_model.save_pretrained(tmp_path)
+    write_card(tmp_path, {"psnr": 20.5})
+    assert f'from_pretrained("{tmp_path}")' in (tmp_path / "README.md").read_text()
+    shared = files_to_share(tmp_path, "me/tokenizer", None)["README.md"].decode()
+    assert 'from_pretrained("me/tokenizer")' in shared and "| psnr | 20.5 |" in shared and str(tmp_path) not in shared
+    (tmp_path / "README.md").write_text("mine")
+    write_card(tmp_path)
+    assert files_to_share(tmp_path, "me/tokenizer", None)["README.md"].read_text() == "mine"
 
 
 def test_code_is_added_to_a_saved_model_only(tmp_path, released):

@@ -215,7 +215,7 @@ def names(folder: Path) -> set[str]:
 def test_a_tokenizer_run_leaves_a_tokenizer_and_no_pickles(tokenizer_run):
     run = tokenizer_run
     tokenizer = {"config.json", "diffusion_pytorch_model.safetensors"}
-    assert names(run) == tokenizer | {"training_args.json", "eval_results.json", "samples"}
+    assert names(run) == tokenizer | {"training_args.json", "eval_results.json", "samples", "README.md"}
     for folder in (run, run / "checkpoint-3"):
         assert type(diffusers.AutoModel.from_pretrained(str(folder))) is diffusers.VQModel
     measured = json.loads((run / "eval_results.json").read_text())
@@ -243,9 +243,9 @@ def test_every_evaluation_leaves_pictures_above_their_reconstructions(data, tmp_
 def test_a_model_run_leaves_a_model_and_no_pickles(gpt_run):
     run = gpt_run
     model = {"config.json", "generation_config.json", "model.safetensors"}
-    processor = {"processor_config.json", "tokenizer.json", "tokenizer_config.json"}
-    written = {"training_args.json", "eval_results.json", "samples"}
-    assert names(run) - {"chat_template.jinja"} == model | processor | written
+    processor = {"processor_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+    written = {"training_args.json", "eval_results.json", "samples", "README.md"}
+    assert names(run) == model | processor | written
     measured = json.loads((run / "eval_results.json").read_text())
     assert {"eval_loss", "eval_text_bits", "eval_image_bits"} <= set(measured)
     for folder in (run, run / "checkpoint-3"):

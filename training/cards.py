@@ -5,7 +5,9 @@
     training_args.json            arguments; of paths only the last part is told
     samples/                      the newest drawings of the evaluation prompts, cut apart for the gallery
 
-The templates are in model_cards/. Cards are made when a model is shared, as only then their snippets can call it by name.
+The templates are in model_cards/. Training leaves a card beside the model, whose snippets load it from its folder; when it is
+shared, the card is made again, with the name it has then. MARK in its last line says that it may be: a card without that line
+is somebody's work, and stays.
 """
 
 import json
@@ -20,6 +22,7 @@ from safetensors import safe_open
 
 from ..configuration.configuration_unitok import UniTokConfig
 from ..modeling_unitok.modeling_vq import UniTokVQModel
+from .runs import write_beside
 
 
 ARGUMENTS = (
@@ -31,6 +34,7 @@ ARGUMENTS = (
 )  # fmt: skip
 WEIGHTS = ("model*.safetensors", "diffusion_pytorch_model*.safetensors")
 GALLERY_SCALE = 4  # tiny pictures are shown larger, pixel by pixel
+MARK = "<!-- Made by unitok-hf, and made again when the model is shared. Remove this line to keep what you write. -->"
 
 
 def read_json(path: Path) -> dict:
@@ -72,14 +76,36 @@ def gallery(folder: Path) -> dict[str, tuple[str, Image.Image]]:
     return pictures
 
 
-def card(folder: str | Path, repo: str, license: str | None = None, measures: dict[str, float] | None = None) -> str:
+def is_ours(folder: Path) -> bool:
+    """Whether a folder has no card, or one that may be made again."""
+    card = folder / "README.md"
+    return not card.is_file() or MARK in card.read_text(encoding="utf-8")
+
+
+def write_card(folder: str | Path, measures: dict[str, float] | None = None) -> None:
+    """Leave a card and the pictures of its gallery beside a saved tokenizer or model, unless somebody has written one.
+
+    Args:
+        folder: what was saved.
+        measures: what was measured besides; kept in `eval_results.json`.
+    """
+    folder = Path(folder)
+    if measures:
+        results = read_json(folder / "eval_results.json") | {f"eval_{name}": value for name, value in measures.items()}
+        write_beside(folder / "eval_results.json", json.dumps(results, indent=4, sort_keys=True).encode())
+    if is_ours(folder):
+        for name, (_, picture) in gallery(folder).items():
+            picture.save(folder / name)
+        write_beside(folder / "README.md", card(folder, str(folder)).encode())
+
+
+def card(folder: str | Path, repo: str, license: str | None = None) -> str:
     """The text of the card of a saved tokenizer or model.
 
     Args:
         folder: what was saved.
         repo: how the snippets call it, "owner/name" or a folder.
         license: identifier as the Hub knows it, such as "apache-2.0".
-        measures: more than `eval_results.json` tells.
 
     Raises:
         FileNotFoundError: there is neither a tokenizer nor a model.
@@ -89,7 +115,7 @@ def card(folder: str | Path, repo: str, license: str | None = None, measures: di
     if not config:
         raise FileNotFoundError(f"no tokenizer or model at {folder}")
     found = {name.removeprefix("eval_"): value for name, value in read_json(folder / "eval_results.json").items()}
-    measures = {name: value for name, value in found.items() if name != "epoch"} | (measures or {})
+    measures = {name: value for name, value in found.items() if name != "epoch"}
     arguments = training_arguments(folder)
     data = read_json(folder / "training_args.json")
     source = data.get("eval_data_path") or data.get("data_path")
@@ -138,7 +164,7 @@ def card(folder: str | Path, repo: str, license: str | None = None, measures: di
         prompt=json.dumps(prompts[0], ensure_ascii=False),
         **values,
     )
-    return str(text)
+    return f"{str(text).rstrip()}\n\n{MARK}\n"
 
 
 def _about_tokenizer(config: dict) -> dict[str, object]:

@@ -5,7 +5,7 @@
 What it leaves in `--output_dir`:
 
     digits-train.parquet, digits-test.parquet    1,400 digits to train on, 397 that nothing is fitted to
-    tokenizer/, model/                           both models, as any run leaves them
+    tokenizer/, model/                           both models, as any run leaves them, with their cards
     report.png                                   real, reconstructed and drawn digits
     metrics.json                                 what was measured
 
@@ -30,6 +30,7 @@ from transformers import AutoModel, AutoProcessor
 
 from ..modeling_unitok.modeling_vq import UniTokVQModel
 from ..processing.image_processing_unitok import to_pictures
+from .cards import write_card
 from .collators import read_rows, to_pixels
 from .data import PrepareDataArguments, prepare_data
 from .gpt_trainer import GPTTrainingArguments, train_gpt
@@ -151,6 +152,9 @@ def demo(args: DemoArguments) -> dict:
             "digit_accuracy": judge.accuracy(drawn, asked),
             "caption_accuracy": float(np.mean([a == b for a, b in zip(captions, expected, strict=True)])),
         }
+    drawn_well = {name: metrics[name] for name in ("digit_accuracy", "caption_accuracy")}
+    write_card(out / "tokenizer", {name: metrics[name] for name in metrics if name not in drawn_well})
+    write_card(out / "model", drawn_well)
     metrics |= {"seconds": seconds, "commit": commit()}
     (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     report(real, reconstructed, drawn.unflatten(0, (10, args.drawings)), digits, captions, out / "report.png")

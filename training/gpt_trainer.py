@@ -43,6 +43,7 @@ from ..modeling_unitok.modeling_unitok import UniTokForConditionalGeneration
 from ..modeling_unitok.modeling_vq import UniTokVQModel
 from ..processing.image_processing_unitok import UniTokImageProcessor
 from ..processing.processing_unitok import PLAIN_CHAT_TEMPLATE, UNITOK_TOKENS, UniTokProcessor, add_special_tokens
+from .cards import write_card
 from .collators import (
     EpochCallback,
     LengthGroupedSampler,
@@ -562,5 +563,6 @@ def train_gpt(args: GPTTrainingArguments) -> dict[str, float]:
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics, combined=False)
         if vq_model is not None:
+            write_card(args.output_dir)
             push_run(trainer)
     return metrics

@@ -5,8 +5,8 @@
     Parquet             the data set of prepare-data, as `datasets.load_dataset` loads it
 
 A model or tokenizer is one commit: an upload that is cut off leaves the repository as it was, and the next one sends only
-what is missing. Checkpoints, optimizer states and arguments of the run stay at home. A README.md in the folder is somebody's
-work and goes as it is; without one, a card is made.
+what is missing. Checkpoints, optimizer states and arguments of the run stay at home. The card is made for the repository; a
+README.md that somebody has written goes as it is.
 """
 
 import io
@@ -20,7 +20,7 @@ from transformers import Trainer
 
 from ..configuration.configuration_unitok import UniTokConfig
 from ..hub import remote_code
-from .cards import WEIGHTS, card, gallery
+from .cards import WEIGHTS, card, gallery, is_ours
 from .collators import read_rows
 
 
@@ -69,7 +69,7 @@ def files_to_share(folder: Path, repo: str, license: str | None) -> dict[str, Pa
     }
     if not any(name.endswith(".safetensors") for name in found):
         raise FileNotFoundError(f"no weights in {folder}; pickles are not shared")
-    if "README.md" not in found:
+    if is_ours(folder):
         found["README.md"] = card(folder, repo, license).encode()
     if kind == UniTokConfig.model_type:
         found |= remote_code(folder)

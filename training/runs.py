@@ -95,6 +95,13 @@ def save_beside(output_dir: str, save: Callable[[str], object]) -> None:
         shutil.rmtree(beside)
 
 
+def write_beside(path: Path, content: bytes) -> None:
+    """Write a file in one move: whoever looks finds the old content or the new one, never a part."""
+    beside = path.with_name(f".{path.name}")
+    beside.write_bytes(content)
+    os.replace(beside, path)
+
+
 def numbered_folder(parent: str | Path) -> Path:
     """A new empty folder `parent/001`, or the next free number, also when others ask at the same time."""
     parent = Path(parent)

@@ -34,6 +34,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from ..modeling_unitok.modeling_vq import UniTokVQModel
+from .cards import write_card
 from .collators import (
     EpochCallback,
     PictureCollator,
@@ -664,5 +665,6 @@ def train_tokenizer(args: VQTrainingArguments) -> dict[str, float]:
         save_arguments(args, args.output_dir)
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics, combined=False)
+        write_card(args.output_dir)
         push_run(trainer)
     return metrics
