@@ -10,7 +10,7 @@ FOLDERS = ("modeling_unitok", "configuration", "processing", "training", "model_
 
 NEEDS = [
     "torch>=2.9",  # the first with torch.optim.Muon; tested with 2.13
-    "transformers>=5.23,<5.40",  # 5.23 changed how processors declare their defaults; 5.40 will rename the cache argument
+    "transformers>=5.23,<5.24",  # 5.23 changed how processors declare their defaults; 5.24 renamed the cache in every model
     "diffusers>=0.42",  # the oldest tried; VQModel's saved folder is a contract between us
     "datasets>=5,<6",  # the oldest tried; the Image feature's schema is what the Hub viewer reads
     "accelerate>=1.1",  # the Trainer's own lower bound
