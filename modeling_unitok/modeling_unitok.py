@@ -137,7 +137,12 @@ class FrozenVQModel(UniTokVQModel):
     """
 
     def train(self, mode: bool = True):
-        """Evaluation mode, always; where it is on, the Trainer's call at every step costs nothing."""
+        """Evaluation mode and frozen, always; `from_pretrained` makes all it loads trainable, and then calls `eval`.
+
+        Where that is so already, the Trainer's call at every step costs nothing.
+        """
+        if next(self.parameters()).requires_grad:
+            self.requires_grad_(False)
         return super().train(False) if self.training else self
 
     def _apply(self, fn, recurse: bool = True):

@@ -20,6 +20,7 @@ import json
 import math
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -31,10 +32,13 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from safetensors import SafetensorError
 from torch import nn
 
+from ..configuration.refusal_unitok import refused_in_words, require_size
 from .tiling_vq import blend_weights, owned_spans, tile_starts
 
 
 LOOKUP_BYTES = 64 * 2**20  # the (rows, K) block of scores that the lookup holds at a time
+MOST_LEVELS, MOST_LAYERS = 16, 256  # a file of a hundred bytes can ask for 10⁹
+MOST_CHANNELS, MOST_PIXELS, MOST_CODES = 2**16, 2**16, 2**24
 CPU_LOOKUP_BYTES = 4 * 2**20  # on a CPU: a block that stays in the cache is read back faster
 
 
@@ -74,6 +78,20 @@ def usage_and_perplexity(counts: torch.Tensor) -> dict[str, float]:
     shares = counts / counts.sum()
     entropy = -torch.special.xlogy(shares, shares).sum()
     return {"usage": (counts > 0).double().mean().item(), "perplexity": entropy.exp().item()}
+
+
+def require_finite(model: nn.Module, consequence: str) -> None:
+    """Raises ValueError, with the name of the tensor, unless every weight is a finite number."""
+    for name, tensor in model.state_dict().items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{consequence}: {name} is not finite")
+
+
+def is_range(bounds: object) -> bool:
+    """Whether these are two finite numbers, the lower one first."""
+    if not isinstance(bounds, list | tuple) or not all(type(bound) in (int, float) for bound in bounds):
+        return False
+    return len(bounds) == 2 and -math.inf < bounds[0] < bounds[1] < math.inf
 
 
 class full_fp32:
@@ -131,7 +149,8 @@ class UniTokVQModel(VQModel):
     The other arguments are those of `diffusers.VQModel`.
 
     Raises:
-        ValueError: channels, patch size and block lists do not fit together, or black is not below white.
+        ValueError: channels, patch size and block lists do not fit together, or black is not below white; or a size is no
+            whole number, or larger than that of any tokenizer (MOST_LAYERS and its like).
     """
 
     _supports_gradient_checkpointing = True
@@ -160,11 +179,28 @@ class UniTokVQModel(VQModel):
         patch_size: int | None = None,
         pixel_range: tuple[float, float] = (-1.0, 1.0),
     ):
+        if not isinstance(block_out_channels, list | tuple) or not 1 <= len(block_out_channels) <= MOST_LEVELS:
+            raise ValueError(f"block_out_channels must be a list of 1 to {MOST_LEVELS}, got {block_out_channels!r}")
+        for name, value, most in (
+            *(("block_out_channels", width, MOST_CHANNELS) for width in block_out_channels),
+            ("in_channels", in_channels, MOST_CHANNELS),
+            ("layers_per_block", layers_per_block, MOST_LAYERS),
+            ("latent_channels", latent_channels, MOST_CHANNELS),
+            ("vq_embed_dim", vq_embed_dim or latent_channels, MOST_CHANNELS),
+            ("num_vq_embeddings", num_vq_embeddings, MOST_CODES),
+            ("norm_num_groups", norm_num_groups, MOST_CHANNELS),
+            ("sample_size", sample_size, MOST_PIXELS),
+        ):
+            require_size(name, value, most)
+        if norm_type not in ("group", "spatial"):
+            raise ValueError(f"norm_type must be group or spatial, got {norm_type!r}")
         levels = len(block_out_channels)
         down_block_types = tuple(down_block_types or ["DownEncoderBlock2D"] * levels)
         up_block_types = tuple(up_block_types or ["UpDecoderBlock2D"] * levels)
         vq_embed_dim = vq_embed_dim or latent_channels
         patch_size = math.isqrt(in_channels // 3) if patch_size is None else patch_size
+        if type(patch_size) is not int:
+            raise ValueError(f"patch_size must be a whole number, got {patch_size!r}")
         if not len(down_block_types) == len(up_block_types) == levels:
             raise ValueError(
                 f"{levels} block_out_channels need as many down_block_types and up_block_types, "
@@ -177,7 +213,7 @@ class UniTokVQModel(VQModel):
                 f"patch_size {patch_size} needs in_channels = out_channels = {3 * patch_size**2}, "
                 f"got {in_channels} and {out_channels}"
             )
-        if len(pixel_range) != 2 or not pixel_range[0] < pixel_range[1]:
+        if not is_range(pixel_range):
             raise ValueError(f"pixel_range must be a lower and a higher number, got {pixel_range}")
         super().__init__(
             in_channels=in_channels,
@@ -214,21 +250,57 @@ class UniTokVQModel(VQModel):
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "UniTokVQModel":
         """As diffusers does, from safetensors alone: a pickle beside them is never opened.
 
+        The network takes memory for tensors that are in the file, whatever sizes the configuration claims.
+
         Raises:
-            ValueError: the weights are corrupt.
+            ValueError: the configuration or the weights are malformed, do not fit together, are not all there, or are not
+                finite.
             OSError: there are none.
         """
+        where = pretrained_model_name_or_path
+        info = kwargs.pop("output_loading_info", False)
+        lazily = kwargs.get("low_cpu_mem_usage", True) and kwargs.get("quantization_config") is None
         try:
-            return super().from_pretrained(pretrained_model_name_or_path, **{"use_safetensors": True} | kwargs)
+            with (
+                refused_in_words(f"the image tokenizer in {where} cannot be loaded"),
+                torch.device("meta") if lazily else nullcontext(),
+            ):
+                model, found = super().from_pretrained(
+                    where, **{"use_safetensors": True} | kwargs, output_loading_info=True
+                )
         except OSError as error:
             cause = error
             while cause is not None and not isinstance(cause, SafetensorError):
                 cause = cause.__context__
             if cause is None:
                 raise
-            raise ValueError(
-                f"the weights in {pretrained_model_name_or_path} are corrupt or were cut short: {cause}"
-            ) from error
+            raise ValueError(f"the weights in {where} are corrupt or were cut short: {cause}") from error
+        except ValueError as error:
+            if str(where) in str(error):
+                raise
+            raise ValueError(f"the image tokenizer in {where} cannot be loaded: {error}") from error
+        missing = sorted(found["missing_keys"])
+        if missing:
+            raise ValueError(f"the weights in {where} lack {len(missing)} tensors, the first is {missing[0]}")
+        require_finite(model, f"the weights in {where} are of no use")
+        return (model, found) if info else model
+
+    @classmethod
+    def _load_pretrained_model(cls, model, state_dict, resolved_model_file, *args, **kwargs):
+        for file in resolved_model_file:
+            if not str(file).endswith(".safetensors"):
+                raise ValueError(
+                    f"{file} is listed as a part of the weights, but is no safetensors file; it is not opened"
+                )
+        return super()._load_pretrained_model(model, state_dict, resolved_model_file, *args, **kwargs)
+
+    @classmethod
+    def load_config(cls, *args, **kwargs):
+        """As diffusers does; raises ValueError when a file does not hold keys and values."""
+        found = super().load_config(*args, **kwargs)
+        if not isinstance(found[0] if isinstance(found, tuple) else found, dict):
+            raise ValueError(f"the configuration of {args[0] if args else cls.__name__} does not hold keys and values")
+        return found
 
     @classmethod
     def from_taming(cls, path: str, sample_size: int = 256) -> "UniTokVQModel":

@@ -641,3 +641,11 @@ def test_labels_may_come_shifted_and_outputs_as_a_tuple(model, processor, pictur
     assert torch.equal(before.loss, after.loss) and torch.equal(before.image_loss, after.image_loss)
     as_tuple = model(**batch, labels=labels, return_dict=False)
     assert torch.equal(as_tuple[0], before.loss) and torch.equal(as_tuple[3], before.logits)
+
+
+def test_a_loaded_image_tokenizer_is_frozen_and_the_rest_is_not(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path)
+    for start in (model, loaded, loaded.train()):
+        assert not any(weight.requires_grad for weight in start.model.vqmodel.parameters())
+        assert all(weight.requires_grad for weight in start.model.language_model.parameters())

@@ -1,0 +1,156 @@
+"""Rows of Parquet files, read when they are asked for: for data larger than memory, and than a copy in the cache.
+
+    files ── row groups ── a window of neighbouring groups, in a random order of groups ── its rows, in random order
+
+- `ParquetRows` has the part of `datasets.Dataset` that training needs. It keeps the row groups that were asked for last, as
+  many as fit into `memory`, and nothing else of the data: what is resident does not grow with it
+- `WindowSampler` gives an order in which that is enough: row groups are shuffled, and rows within windows of so many groups as
+  are kept. Drawn from the seed and the epoch of the data alone, it is the same for any number of workers and processes,
+  which take their batches from it in turn, so that no row is lost or comes twice, and a run is resumed at any batch
+- rows that lie together in the files meet more often than by chance; files whose rows are in random order forgive that
+
+The files' row groups should be small (those of `prepare-data` have a hundred rows): a group is what is read at once.
+"""
+
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Iterator
+from itertools import accumulate
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+
+MEMORY = 256 * 2**20
+
+
+class ParquetRows:
+    """Rows of Parquet files of one schema.
+
+    Args:
+        files: the files, in order.
+        columns: the columns that are read; all when not given.
+        memory: bytes that are kept, uncompressed, as the files count them; one group in any case.
+
+    Attributes:
+        features: the columns and their kinds, as `datasets` has them.
+        groups: (G + 1,) first row of each row group, and the number of rows.
+        window: how many row groups of the usual size are kept.
+
+    Raises:
+        ValueError: a file is no Parquet, or has other columns than the first.
+    """
+
+    def __init__(self, files: list[Path], columns: list[str] | None = None, memory: int = MEMORY):
+        self.files, self.memory = list(files), memory
+        self.places: list[tuple[int, int]] = []  # file and number of each row group
+        rows, size = [], 0
+        for number, file in enumerate(self.files):
+            try:
+                metadata, schema = pq.read_metadata(file), pq.read_schema(file)
+            except pa.ArrowInvalid as error:
+                raise ValueError(f"{file} is no Parquet file: {error}") from error
+            features = datasets.Features.from_arrow_schema(schema)
+            if number == 0:
+                self.features = features if columns is None else datasets.Features({c: features[c] for c in columns})
+            elif any(features.get(name) != kind for name, kind in self.features.items()):
+                raise ValueError(f"{file} has other columns than {self.files[0]}: {features} and {self.features}")
+            for group in range(metadata.num_row_groups):
+                about = metadata.row_group(group)
+                self.places.append((number, group))
+                rows.append(about.num_rows)
+                size += about.total_byte_size
+        self.groups = np.array([0, *accumulate(rows)])
+        self.window = max(1, memory * len(rows) // max(1, size))
+        self.kept: OrderedDict[int, pa.Table] = OrderedDict()
+        self.opened: tuple[int, pq.ParquetFile] | None = None
+
+    @property
+    def column_names(self) -> list[str]:
+        return list(self.features)
+
+    def __len__(self) -> int:
+        return int(self.groups[-1])
+
+    def __getstate__(self) -> dict:
+        """For worker processes: each has its own open file and row groups."""
+        return self.__dict__ | {"kept": OrderedDict(), "opened": None}
+
+    def select_columns(self, columns: str | list[str]) -> "ParquetRows":
+        """The same rows, with these columns alone."""
+        return ParquetRows(self.files, [columns] if isinstance(columns, str) else list(columns), self.memory)
+
+    def group(self, number: int) -> pa.Table:
+        """A row group as it is stored, pictures as bytes.
+
+        Raises:
+            ValueError: the file breaks off or is damaged there.
+        """
+        if number in self.kept:
+            self.kept.move_to_end(number)
+            return self.kept[number]
+        file, place = self.places[number]
+        if self.opened is None or self.opened[0] != file:
+            self.opened = file, pq.ParquetFile(self.files[file])
+        try:
+            table = self.opened[1].read_row_group(place, columns=self.column_names, use_threads=False)
+        except (OSError, pa.ArrowException) as error:
+            raise ValueError(f"row group {place} of {self.files[file]} cannot be read: {error}") from error
+        self.kept[number] = table
+        if len(self.kept) > self.window:
+            self.kept.popitem(last=False)
+        return table
+
+    def __getitem__(self, key: int | list[int] | str):
+        """A row as a dict; rows (list of N) as a dict of lists; a column, by its name, as an iterator over all rows."""
+        if isinstance(key, str):
+            return self.column(key)
+        if isinstance(key, list):
+            rows = [self[index] for index in key]
+            return {name: [row[name] for row in rows] for name in self.features}
+        if not 0 <= key < len(self):
+            raise IndexError(f"row {key} of {len(self)}")
+        number = bisect_right(self.groups, key) - 1
+        row = self.group(number).slice(key - int(self.groups[number]), 1).to_pylist()[0]
+        try:
+            return self.features.decode_example(row)
+        except (OSError, SyntaxError) as error:  # what Pillow raises
+            raise ValueError(f"row {key}, in {self.files[self.places[number][0]]}, cannot be read: {error}") from error
+
+    def column(self, name: str) -> Iterator:
+        """The values of a column, one after another."""
+        alone = self.select_columns(name)
+        for number in range(len(alone.places)):
+            for row in alone.group(number).to_pylist():
+                yield alone.features.decode_example(row)[name]
+
+    def null_count(self, name: str) -> int:
+        """Rows of which a column is missing; the column is read, unless it has statistics."""
+        alone = self.select_columns(name)
+        return sum(alone.group(number).column(name).null_count for number in range(len(alone.places)))
+
+
+class WindowSampler(torch.utils.data.Sampler):
+    """Every row once, in an order that needs few row groups at a time; see above.
+
+    Args:
+        rows: the rows.
+        data: the data set made of them, whose `seed` and `epoch` decide about the order.
+    """
+
+    def __init__(self, rows: ParquetRows, data: torch.utils.data.Dataset):
+        self.rows, self.data = rows, data
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[int]:
+        random = np.random.default_rng([self.data.seed, self.data.epoch])
+        groups, size = random.permutation(len(self.rows.places)), self.rows.window
+        for begin in range(0, len(groups), size):
+            window = [np.arange(*self.rows.groups[group : group + 2]) for group in groups[begin : begin + size]]
+            yield from random.permutation(np.concatenate(window)).tolist()
