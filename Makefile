@@ -19,12 +19,17 @@ test-slow: $(INSTALLED)  ## run the slow tests, some of which need the network
 conformance: $(VENV)/.conformance  ## run transformers' own tests of models on ours; fetches them the first time
 	RUN_SLOW=1 $(VENV)/bin/python -m pytest -m '' tests/conformance/conformance_*.py
 
+test-lowest:  ## run the tests with the lowest versions that setup.py admits, in .venv-lowest
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install -c constraints-lowest.txt -e '.[test]'
+	.venv-lowest/bin/python -m pytest
+
 lint: $(INSTALLED)  ## check style and format
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
 
 clean:  ## remove .venv, builds and caches; out/ stays
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-lowest build dist *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(INSTALLED): setup.py pyproject.toml constraints.txt
@@ -36,4 +41,4 @@ $(VENV)/.conformance: $(INSTALLED)
 	$(VENV)/bin/python -m pip install -c constraints.txt -e '.[conformance]'
 	touch $@
 
-.PHONY: help demo test test-slow conformance lint clean
+.PHONY: help demo test test-slow test-lowest conformance lint clean

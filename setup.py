@@ -12,7 +12,7 @@ NEEDS = [
     "torch>=2.9",  # the first with torch.optim.Muon; tested with 2.13
     "transformers>=5.23,<5.24",  # 5.23 changed how processors declare their defaults; 5.24 renamed the cache in every model
     "diffusers>=0.42",  # the oldest tried; VQModel's saved folder is a contract between us
-    "datasets>=5,<6",  # the oldest tried; the Image feature's schema is what the Hub viewer reads
+    "datasets>=5.1,<6",  # 5.0 asks for huggingface_hub below 2
     "accelerate>=1.1",  # the Trainer's own lower bound
     "huggingface_hub>=2,<3",  # the oldest tried; below 3 as transformers asks
     "pillow",  # no bound: trackers and gradio still ask for <13
