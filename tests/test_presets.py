@@ -6,9 +6,10 @@ from pathlib import Path
 import datasets
 import pytest
 import yaml
+from accelerate.commands.config.config_args import load_config_from_file
 from PIL import Image
 
-from unitok_hf import UniTokVQModel
+from unitok_hf import UniTokForConditionalGeneration, UniTokVQModel
 from unitok_hf.training.vq_trainer import VQTrainingArguments, train_tokenizer
 from unitok_hf_cli import COMMANDS, Parser, add_arguments, read_arguments
 
@@ -53,3 +54,13 @@ def test_a_preset_trains_two_steps(preset, pictures, tmp_path):
     trained = UniTokVQModel.from_pretrained(tmp_path / "tokenizer")
     assert trained.downsampling == (8 if "f8" in preset.stem else 16)
     assert trained.config.sample_size == side
+
+
+@pytest.mark.parametrize("config", sorted(PRESETS[0].parent.glob("accelerate-*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_understands_its_configuration(config):
+    found = load_config_from_file(str(config))
+    assert found.num_processes == 8 * found.num_machines and found.mixed_precision == "bf16"
+    if found.distributed_type == "FSDP":
+        assert (
+            found.fsdp_config["fsdp_transformer_layer_cls_to_wrap"] in UniTokForConditionalGeneration._no_split_modules
+        )
