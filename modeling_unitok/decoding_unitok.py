@@ -40,16 +40,35 @@ def positions(attention_mask: torch.Tensor) -> torch.LongTensor:
     return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
 
 
-def select(scores: torch.FloatTensor, do_sample: bool, generator: torch.Generator | None) -> torch.LongTensor:
+Generators = torch.Generator | list[torch.Generator] | None
+
+
+def random_levels(rows: int, generator: Generators, device: torch.device) -> torch.FloatTensor:
+    """A number in [0, 1) per row (B, 1): of one generator, of the global one, or of each row's own."""
+    if isinstance(generator, list):
+        return torch.cat([torch.rand(1, 1, device=device, generator=own) for own in generator])
+    return torch.rand(rows, 1, device=device, generator=generator)
+
+
+def require_generators(generator: Generators, rows: int) -> None:
+    """Raises ValueError unless a list of generators has one for each row."""
+    if isinstance(generator, list) and len(generator) != rows:
+        raise ValueError(
+            f"{len(generator)} generators for {rows} rows; pass one, or one for each row that is returned"
+        )
+
+
+def select(scores: torch.FloatTensor, do_sample: bool, generator: Generators) -> torch.LongTensor:
     """One token per row (B,) from scores (B, V): the best, or a draw from their softmax.
 
     The draw inverts the cumulative distribution: one random number per row, where `torch.multinomial` takes one per entry.
+    With a generator per row, what a row draws depends on no other row.
     """
     if not do_sample:
         return scores.argmax(dim=-1)
     heights = scores.softmax(dim=-1).cumsum(dim=-1)  # (B, V)
     below = heights[:, -1:] * (1 - 2**-22)  # so that rounding never leads past the last entry that can be drawn
-    level = below * torch.rand(len(scores), 1, device=scores.device, generator=generator)
+    level = below * random_levels(len(scores), generator, scores.device)
     return torch.searchsorted(heights, level, right=True).squeeze(1)
 
 
@@ -74,7 +93,7 @@ class Drawing:
     interval: tuple[int, int]
     warpers: LogitsProcessorList
     do_sample: bool
-    generator: torch.Generator | None
+    generator: Generators
     compile_step: str | None
 
     @property
@@ -412,6 +431,7 @@ def draw_images(
     drawn = image_progress(input_ids, model.vocabulary).repeat_interleave(copies)  # (B · copies,)
     input_ids = input_ids.repeat_interleave(copies, dim=0)
     attention_mask = attention_mask.repeat_interleave(copies, dim=0)
+    require_generators(drawing.generator, len(drawn))
     progress = drawn.tolist()
     room = n - min(progress)
     stream = nn.functional.pad(input_ids, (0, room))
@@ -444,6 +464,7 @@ def decode(
     given = model_kwargs.get("past_key_values")
     past = None if given is None or given.get_seq_length() == 0 else given
     room, copies = generation_config.max_length - length, generation_config.num_return_sequences
+    require_generators(drawing.generator, rows)
     branches = Branches(model, input_ids, attention_mask, room, drawing, past, copies)
     stream = nn.functional.pad(input_ids, (0, room), value=pad)
     spans = (
@@ -461,6 +482,8 @@ def decode(
             continue
         if spans and all(codes == n for codes in going):
             chosen = torch.full_like(stream[:, 0], vocabulary.image_end)
+            if isinstance(drawing.generator, list):  # a number per token, whether or not there is a choice
+                random_levels(rows, drawing.generator, chosen.device)
         else:
             logits = model.softcap(model.lm_head(branches.hidden[:rows])).float()  # (B, V)
             guided = [drawing.guided and 0 <= codes < n and first <= codes < last for codes in progress]

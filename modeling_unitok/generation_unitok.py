@@ -80,7 +80,7 @@ class UniTokGenerationMixin:
         guidance_interval: tuple[int, int] | None = None,
         compile_step: str | None = None,
         num_candidates: int | None = None,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
         generation_config: GenerationConfig | None = None,
         logits_processor: LogitsProcessorList | None = None,
         streamer=None,
@@ -103,7 +103,8 @@ class UniTokGenerationMixin:
                 compiled at the first call, and anew for other batch sizes and, in steps of 32, other lengths.
             num_candidates: in "image" mode, draw so many pictures per prompt and keep the best `num_return_sequences` of
                 them, after which the model finds the prompt likeliest, best first; see `scoring_unitok`.
-            generator: source of randomness; the global one when not given.
+            generator: source of randomness, or one for each row that is returned, which then depends on no other row; the
+                global one when not given.
             generation_config, logits_processor, streamer, **kwargs: as `GenerationMixin.generate`; when neither
                 `max_new_tokens` nor `max_length` is given, one image and 64 tokens of text fit.
 
@@ -114,7 +115,7 @@ class UniTokGenerationMixin:
             other modes: what `GenerationMixin.generate` returns, prompts included, placeholders filled.
 
         Raises:
-            ValueError: an unknown mode; a prompt that is empty, padded on the right or ill formed; images that do not fit
+            ValueError: an unknown mode; not as many generators as rows; a prompt that is empty, padded on the right or ill formed; images that do not fit
                 the placeholders; fewer tokens to come than the image that is begun or asked for needs; guidance, a
                 generator or a compiled step with beams, an assistant, hidden states or attentions, or with another
                 cache than one of keys and values that grows; an interval that is none; candidates in another mode,
@@ -237,7 +238,7 @@ class UniTokGenerationMixin:
         image_top_p: float | None = None,
         guidance_interval: tuple[int, int] | None = None,
         compile_step: str | None = None,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
         generation_config: GenerationConfig | None = None,
         **kwargs,
     ) -> torch.LongTensor:

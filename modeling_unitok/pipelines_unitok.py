@@ -107,7 +107,7 @@ class UniTokPipeline(DiffusionPipeline):
         temperature: float = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> ImagePipelineOutput | tuple[list[Image.Image] | torch.Tensor]:
@@ -118,7 +118,7 @@ class UniTokPipeline(DiffusionPipeline):
             num_images_per_prompt: pictures of each.
             guidance_scale: weight of the prompt; 1 for none.
             temperature, top_k, top_p: of the sampling of codes; temperature 0 takes the likeliest.
-            generator: of the sampling, on the model's device.
+            generator: of the sampling, on the model's device; or a list with one for each picture.
             output_type: "pil", or "pt" for a tensor (N, 3, H, W) in [0, 1].
             return_dict: False for a tuple.
 

@@ -969,3 +969,33 @@ def test_a_tokenizer_that_has_grown_into_the_codes_is_refused(model, tokenizer):
 def test_what_is_no_image_is_not_decoded(model, ids, message):
     with pytest.raises(ValueError, match=message):
         model.decode_image_tokens(ids)
+
+
+@pytest.mark.parametrize("mode", ["image", "interleaved", "auto"])
+@pytest.mark.parametrize("options", [{}, {"guidance_scale": 2.0}], ids=["plain", "guided"])
+def test_a_row_with_a_generator_of_its_own_depends_on_no_other(model, mode, options):
+    prompts, seeds = [[BOS, 9], [BOS], [BOS, 20, 21, 22]], [5, 6, 7]
+
+    def draw(rows: list[int]) -> list[list[int]]:
+        inputs = batch([prompts[row] for row in rows])
+        generators = [torch.Generator().manual_seed(seeds[row]) for row in rows]
+        ids = model.generate(
+            **inputs, generation_mode=mode, generator=generators, max_new_tokens=40, **SAMPLING | options
+        )
+        return (ids if mode == "image" else ids[:, inputs["input_ids"].shape[1] :]).tolist()
+
+    together, turned = draw([0, 1, 2]), draw([2, 0, 1])
+    for row in range(3):
+        [alone] = draw([row])
+        for other in (together[row], turned[[2, 0, 1].index(row)]):
+            assert other[: len(alone)] == alone and set(other[len(alone) :]) <= {PAD}
+    assert len({tuple(ids) for ids in together}) == 3
+
+
+def test_there_are_as_many_generators_as_rows(model):
+    generators = [torch.Generator(), torch.Generator()]
+    for mode in ("image", "auto"):
+        with pytest.raises(ValueError, match="2 generators for 4 rows"):
+            model.generate(
+                **batch(PROMPTS[:2]), generation_mode=mode, generator=generators, num_return_sequences=2, **SAMPLING
+            )
