@@ -13,7 +13,7 @@ NEEDS = [
     "transformers>=5.23,<5.24",  # 5.23 changed how processors declare their defaults; 5.24 renamed the cache in every model
     "diffusers>=0.42",  # the oldest tried; VQModel's saved folder is a contract between us
     "datasets>=5.1,<6",  # 5.0 asks for huggingface_hub below 2
-    "accelerate>=1.1",  # the Trainer's own lower bound
+    "accelerate>=1.10",  # the oldest tried; below 1.3 the Trainer fails
     "huggingface_hub>=2,<3",  # the oldest tried; below 3 as transformers asks
     "pillow",  # no bound: trackers and gradio still ask for <13
     "numpy",  # no bound: whatever torch and datasets agree on
