@@ -12,11 +12,13 @@ import torch
 from conftest import PER_RANK, TWO_PROCESSES, flags, run_program
 from PIL import Image
 from safetensors.torch import load_file
+from torch import nn
 
 from unitok_hf import UniTokVQModel
 from unitok_hf.modeling_unitok.modeling_vq import nearest_codes
 from unitok_hf.training.collators import PictureCollator, PictureDataset, read_rows
 from unitok_hf.training.losses import RECONSTRUCTION_LOSSES
+from unitok_hf.training.muon import MuonWith, kernels
 from unitok_hf.training.quantizers import QUANTIZERS
 from unitok_hf.training.vq_trainer import VQTrainer, VQTrainingArguments, build_training_model, train_tokenizer
 from unitok_hf.training.weight_average import WeightAverage
@@ -267,3 +269,28 @@ def test_the_reconstruction_losses_of_an_error_that_is_known():
     pixels = torch.zeros(2, 3, 8, 8)
     values = {name: loss(pixels + 0.5, pixels).item() for name, loss in RECONSTRUCTION_LOSSES.items()}
     assert values == pytest.approx({"l1": 0.5 * (1 + 0.5 + 0.5), "l2": 4 * 0.25, "l1_l2": 4 * 0.25 + 0.5})
+
+
+def test_muon_takes_the_kernel_of_a_convolution_for_a_matrix(vq_model):
+    coder = vq_model.encoder
+    weights = kernels(coder)
+    assert len(weights) > 8 and {weight.ndim for weight in weights} == {2, 4}
+    assert not {id(coder.conv_in.weight), id(coder.conv_out.weight)} & {id(weight) for weight in weights}
+    matrices = [nn.Parameter(weight.detach().flatten(1).clone()) for weight in weights]
+    expected = torch.optim.Muon(matrices, lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    both = MuonWith(
+        weights, [{"params": [coder.conv_in.weight]}], 0.01, 0.1, lambda rest: torch.optim.AdamW(rest, lr=1e-3)
+    )
+    before = coder.conv_in.weight.detach().clone()
+    for step in range(3):
+        generator = torch.Generator().manual_seed(step)
+        for weight, matrix in zip(weights, matrices, strict=True):
+            weight.grad = torch.randn(weight.shape, generator=generator)
+            matrix.grad = weight.grad.flatten(1)
+        coder.conv_in.weight.grad = torch.ones_like(before)
+        both.step()
+        expected.step()
+        both.zero_grad()
+        assert all(weight.grad is None for weight in [*weights, coder.conv_in.weight])
+    assert all(torch.equal(a.flatten(1), b) for a, b in zip(weights, matrices, strict=True))
+    assert not torch.equal(before, coder.conv_in.weight)
