@@ -19,6 +19,9 @@ test-slow: $(INSTALLED)  ## run the slow tests, some of which need the network
 conformance: $(VENV)/.conformance  ## run transformers' own tests of models on ours; fetches them the first time
 	RUN_SLOW=1 $(VENV)/bin/python -m pytest -m '' tests/conformance/conformance_*.py
 
+fuzz: $(INSTALLED)  ## run the fuzz tests with ten thousand cases each
+	HYPOTHESIS_PROFILE=thorough $(VENV)/bin/python -m pytest tests/reliability/test_fuzz_*.py
+
 test-lowest:  ## run the tests with the lowest versions that setup.py admits, in .venv-lowest
 	$(PYTHON) -m venv .venv-lowest
 	.venv-lowest/bin/python -m pip install -c constraints-lowest.txt -e '.[test]'
@@ -41,4 +44,4 @@ $(VENV)/.conformance: $(INSTALLED)
 	$(VENV)/bin/python -m pip install -c constraints.txt -e '.[conformance]'
 	touch $@
 
-.PHONY: help demo test test-slow test-lowest conformance lint clean
+.PHONY: help demo test test-slow fuzz test-lowest conformance lint clean

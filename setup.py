@@ -55,6 +55,7 @@ EXTRAS = {
     ],
     "test": [
         "unitok-hf[app,demo,export,lora,perceptual,serve,track]",
+        "hypothesis",  # no bound: makes up hostile input
         "ipykernel",  # no bound: runs the notebook
         "nbclient",  # no bound: likewise
         "playwright",  # no bound: drives a browser, where one is installed

@@ -17,6 +17,7 @@ import importlib.util
 import json
 import os
 import re
+import reprlib
 import sys
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -193,6 +194,8 @@ def read_file(path: Path, fields: dict[str, "Field"]) -> dict[str, Any]:
         content = parse_file(path)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+    except RecursionError as error:
+        raise ValueError(f"{path}: nested too deeply") from error
     if type(content) is not dict:
         raise ValueError(f"{path}: expected keys and values, got {in_json(content)}")
     values = {}
@@ -233,6 +236,9 @@ def suggestion(name: str, names: Iterable[str]) -> str:
 
 
 def in_json(value: Any) -> str:
+    """A value as JSON has it, shortened; YAML can write one that would be larger than any memory, by reference."""
+    if isinstance(value, dict | list):
+        return reprlib.repr(value)
     return json.dumps(value, ensure_ascii=False, default=str)
 
 

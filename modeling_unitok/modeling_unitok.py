@@ -14,8 +14,10 @@ Letters: B batch, T sequence, V vocabulary, D hidden width, M images in the batc
 """
 
 import copy
+import json
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -28,10 +30,11 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
 from ..configuration.configuration_unitok import SPECIAL_TOKENS, UniTokConfig
+from ..configuration.refusal_unitok import refused_in_words
 from ..configuration.vocabulary_unitok import VisualVocabulary
 from .generation_unitok import UniTokGenerationMixin
 from .loss_unitok import sliced_cross_entropy
-from .modeling_vq import UniTokVQModel
+from .modeling_vq import UniTokVQModel, require_finite
 from .scoring_unitok import UniTokScoringMixin
 
 
@@ -60,6 +63,14 @@ class UniTokOutput(ModelOutput):
     attentions: tuple[torch.Tensor, ...] | None = None
 
 
+def require_own_shards(index: Path) -> None:
+    """Raises ValueError if an index of weights, where there is one, names something else than safetensors files beside it."""
+    if index.is_file():
+        for name in set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()):
+            if Path(name).name != name or not name.endswith(".safetensors"):
+                raise ValueError(f"{index} lists {name!r}, which is no safetensors file beside it; it is not opened")
+
+
 class UniTokPreTrainedModel(PreTrainedModel):
     """What both classes share: configuration, initialisation, and what the library may do with them."""
 
@@ -77,6 +88,33 @@ class UniTokPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """As transformers does, from safetensors alone: a pickle is never opened, nor a file outside of the folder.
+
+        Raises:
+            ValueError: the configuration or the weights are malformed, do not fit together, or are not finite.
+            OSError: there are none.
+        """
+        where = pretrained_model_name_or_path
+        with refused_in_words(f"the model in {where} cannot be loaded"):
+            if where is not None:
+                require_own_shards(Path(where) / (kwargs.get("subfolder") or "") / "model.safetensors.index.json")
+            loaded = super().from_pretrained(where, *args, **{"use_safetensors": True} | kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if where is not None and not hasattr(model, "hf_quantizer"):
+            require_finite(model, f"the weights in {where} are of no use")
+        return loaded
+
+    @staticmethod
+    def _load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs):
+        for file in checkpoint_files or ():
+            if not str(file).endswith(".safetensors"):
+                raise ValueError(
+                    f"{file} is listed as a part of the weights, but is no safetensors file; it is not opened"
+                )
+        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

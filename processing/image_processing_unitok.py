@@ -11,7 +11,11 @@ from transformers import BatchFeature
 from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD, ImageInput, PILImageResampling
 
+from ..configuration.refusal_unitok import require_size
 from .pixels import fit_square, load_rgb
+
+
+MOST_PIXELS_PER_SIDE = 2**14  # a file of a hundred bytes can ask for 10⁹
 
 
 def to_pictures(pixels: torch.Tensor) -> list[Image.Image]:
@@ -51,6 +55,13 @@ class UniTokImageProcessor(PilBackend):
     def _preprocess(
         self, images: list[np.ndarray], do_resize, size, do_center_crop, crop_size, do_rescale, **kwargs
     ) -> BatchFeature:
+        for name, asked in (
+            ("size", size if do_resize else None),
+            ("crop_size", crop_size if do_center_crop else None),
+        ):
+            for side, value in dict(asked or {}).items():
+                if value is not None:
+                    require_size(f"{side} of {name}", value, MOST_PIXELS_PER_SIDE)
         for image in images:
             if do_rescale and image.dtype.kind == "f" and 0 < image.max() <= 1:
                 raise ValueError(

@@ -85,6 +85,8 @@ def fit_square(image: Image.Image, size: int) -> Image.Image:
 
 
 def _require_size(image: Image.Image, max_pixels: int | None) -> None:
+    if not image.width * image.height:
+        raise PictureError("unreadable", f"{image.width}x{image.height} pixels are none")
     if max_pixels is not None and image.width * image.height > max_pixels:
         raise PictureError("too large", f"{image.width}x{image.height} is more than {max_pixels:,} pixels")
 

@@ -20,6 +20,7 @@ from transformers.image_utils import ImageInput
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, Unpack
 from transformers.utils.chat_template_utils import mark_control_tokens
 
+from ..configuration.refusal_unitok import refused_in_words, require_size
 from .image_processing_unitok import to_pictures
 
 
@@ -29,6 +30,7 @@ UNITOK_TOKENS = {
     "image_end_token": "<|image_end|>",
     "uncond_token": "<|uncond|>",
 }
+MOST_IMAGE_TOKENS = 2**16  # every picture makes a text so much longer
 PAD_TOKEN, BOS_TOKEN = "<|pad|>", "<|bos|>"
 # A conversation as a model that knows only pictures and captions has seen them: what was said, without who said it.
 PLAIN_CHAT_TEMPLATE = (
@@ -77,7 +79,10 @@ class UniTokProcessor(ProcessorMixin):
         image_processor: a `UniTokImageProcessor`.
         tokenizer: a fast tokenizer with the tokens of `add_special_tokens`.
         chat_template: Jinja template of conversations with image parts.
-        num_image_tokens: codes per image.
+        num_image_tokens: codes per image, at most 65,536.
+
+    Raises:
+        ValueError: the tokenizer lacks a token, or there are no codes or too many.
 
     Example:
         >>> processor(text="a red apple", generation_mode="image", return_tensors="pt")
@@ -94,6 +99,7 @@ class UniTokProcessor(ProcessorMixin):
         missing = [name for name in UNITOK_TOKENS if getattr(tokenizer, name, None) is None]
         if missing:
             raise ValueError(f"the tokenizer has no {', '.join(missing)}; call add_special_tokens on it first")
+        require_size("num_image_tokens", num_image_tokens, MOST_IMAGE_TOKENS)
         self.num_image_tokens = num_image_tokens
         self.image_token = tokenizer.image_token
         self.image_token_id = tokenizer.image_token_id
@@ -104,6 +110,12 @@ class UniTokProcessor(ProcessorMixin):
         self._typed = re.compile("|".join(map(re.escape, typed)))
         self._marked_image_token = mark_control_tokens(self.image_token, re.compile(re.escape(self.image_token)))
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs) -> "UniTokProcessor":
+        """As transformers does; raises ValueError about what is in the files, OSError when there are none."""
+        with refused_in_words(f"the processor of {pretrained_model_name_or_path} is malformed"):
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     def __call__(
         self,
@@ -121,15 +133,31 @@ class UniTokProcessor(ProcessorMixin):
                 is for texts that a chat template has rendered: their control tokens are understood.
 
         Raises:
-            ValueError: an unknown mode, or pictures that do not match the samples or their placeholders.
+            ValueError: an unknown mode; pictures that do not match the samples or their placeholders; or what is no picture
+                or no text, also text that UTF-8 cannot write (half a surrogate pair).
         """
+        with refused_in_words("these texts and pictures cannot be processed"):
+            return self._process(images, text, **kwargs)
+
+    def _process(self, images, text, **kwargs) -> BatchFeature:
         mode = kwargs.get("generation_mode", self.generation_mode)
         if mode not in ("text", "image"):
             raise ValueError(f'generation_mode of the processor must be "text" or "image", got {mode!r}')
         texts = [text] if isinstance(text, str) else text
+        if texts is not None and not len(texts):
+            raise ValueError("text is an empty list; pass at least one string")
+        for number, sample in enumerate(texts or []):
+            if not isinstance(sample, str):
+                raise ValueError(f"text {number} must be a string, got {type(sample).__name__}")
+            try:
+                sample.encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(f"text {number} is no text that can be written: {error}") from error
         if images is not None:
             images = self._per_sample(images, None if texts is None else len(texts))
             texts = [""] * len(images) if texts is None else list(texts)
+            if not texts:
+                raise ValueError("images is an empty list, and there is no text")
             for number, (own, sample) in enumerate(zip(images, texts, strict=True)):
                 found = sample.count(self.image_token) - sample.count(self._marked_image_token)
                 if not found:

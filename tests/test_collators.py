@@ -270,7 +270,7 @@ def test_held_out_rows_are_others_and_none_is_lost(parquet):
 
 def test_validation_rows_of_their_own_file(parquet, write, pictures):
     other = write({"image": pictures[:1], "text": ["x"]})
-    rows, eval_rows = training_and_validation(parquet, other, 0.5, 0)
+    rows, eval_rows = training_and_validation(parquet, other, 0.5, 0, streaming=False)
     assert (len(rows), eval_rows["text"][:]) == (8, ["x"])
 
 

@@ -200,7 +200,7 @@ def test_yaml_says_the_same_as_json(write):
         ({"seed": "42"}, "c.json", 'seed is "42", expected an integer'),
         ({"seed": True}, "c.json", "seed is true, expected an integer"),
         ({"bf16": 1}, "c.json", "bf16 is 1, expected true or false"),
-        ({"label_names": ["a", 1]}, "c.json", 'label_names is ["a", 1], expected a list of text or null'),
+        ({"label_names": ["a", 1]}, "c.json", "label_names is ['a', 1], expected a list of text or null"),
         ({"epochs": 1, "num_train_epochs": 2}, "c.json", "num_train_epochs is given twice"),
         ("eval_strategy: no\n", "c.yaml", "eval_strategy is false, expected text"),
         ("a: [1\n", "c.yaml", "while parsing a flow sequence"),

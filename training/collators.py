@@ -11,6 +11,7 @@ it does not depend on workers, processes, prefetching, or on where a run was res
 Every picture in the Parquet of `prepare-data` is square, RGB and of one size; nothing is resized here.
 """
 
+import errno
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +24,11 @@ from PIL import Image
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from .augmentation import AUGMENTATIONS
+from .parquet_rows import ParquetRows
+from .stored_pictures import guarded, require_bytes
+
+
+CODE_TYPES = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32")
 
 
 def parquet_files(data_path: str) -> list[Path]:
@@ -49,21 +55,38 @@ def read_rows(data_path: str) -> datasets.Dataset:
 
     Raises:
         FileNotFoundError: nothing is there.
-        ValueError: a file is no Parquet, the files do not fit together, or there is no row.
+        ValueError: a file is no Parquet, the files do not fit together, there is no row, or one names a file elsewhere
+            instead of holding a picture.
     """
     files = parquet_files(data_path)
     rows = 0
     for file in files:
         try:
             rows += pq.read_metadata(file).num_rows
-        except pa.ArrowInvalid as error:
+        except (pa.ArrowException, OSError) as error:
+            if getattr(error, "errno", None) is not None:  # the file cannot be opened
+                raise
             raise ValueError(f"{file} is no Parquet file: {error}") from error
     if rows == 0:
         raise ValueError(f"{data_path} has no rows")
     try:
-        return datasets.load_dataset("parquet", data_files=[str(file) for file in files], split="train")
-    except datasets.exceptions.DatasetGenerationError as error:
-        raise ValueError(f"{data_path} cannot be read: {error.__cause__}") from error
+        rows = datasets.load_dataset("parquet", data_files=[str(file) for file in files], split="train")
+    except MemoryError:
+        raise
+    except Exception as error:  # the schema, its metadata or the pages are damaged
+        if getattr(error, "errno", None) is not None:
+            raise
+        cause = error.__cause__ or error
+        if getattr(cause, "errno", None) in (errno.ENOSPC, errno.EFBIG):
+            raise OSError(
+                f"{datasets.config.HF_DATASETS_CACHE}, where {data_path} is unpacked, is full: {cause}"
+            ) from error
+        raise ValueError(f"{data_path} cannot be read: {error.__cause__ or repr(error)}") from error
+    require_bytes(rows)
+    for name, feature in rows.features.items():
+        if guarded(feature) != feature:
+            rows = rows.cast_column(name, guarded(feature))
+    return rows
 
 
 def hold_out(rows: datasets.Dataset, fraction: float, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
@@ -80,9 +103,17 @@ def hold_out(rows: datasets.Dataset, fraction: float, seed: int) -> tuple[datase
 
 
 def training_and_validation(
-    data_path: str, eval_data_path: str | None, validation_fraction: float, seed: int
-) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """Training rows and validation rows: of their own file, or held out of the training data."""
+    data_path: str, eval_data_path: str | None, validation_fraction: float, seed: int, streaming: bool
+) -> tuple[datasets.Dataset | ParquetRows, datasets.Dataset | ParquetRows]:
+    """Training rows and validation rows: of their own file, or held out of the training data.
+
+    Raises:
+        ValueError: data that are streamed have no file for validation; and what `read_rows` or `ParquetRows` raises.
+    """
+    if streaming:
+        if eval_data_path is None:
+            raise ValueError("--streaming holds no rows out; pass --eval_data_path")
+        return ParquetRows(parquet_files(data_path)), ParquetRows(parquet_files(eval_data_path))
     rows = read_rows(data_path)
     if eval_data_path is not None:
         return rows, read_rows(eval_data_path)
@@ -110,9 +141,17 @@ def image_column(rows: datasets.Dataset) -> str:
     return "images" if has_many(rows) else "image"
 
 
+def require_lists(rows: datasets.Dataset) -> None:
+    """Raises ValueError unless the column `images`, where there is one, holds lists of pictures."""
+    found = rows.features.get("images")
+    if "images" in rows.features and not isinstance(getattr(found, "feature", None), datasets.Image):
+        raise ValueError(f"the column 'images' holds no lists of pictures, but {found}")
+
+
 def require_images(rows: datasets.Dataset) -> tuple[int, int]:
     """Width and height of the first picture of the rows; raises ValueError when there is none."""
     if has_many(rows):
+        require_lists(rows)
         picture = next((picture for pictures in rows["images"] for picture in pictures or []), None)
     elif isinstance(rows.features.get("image"), datasets.Image):
         picture = next((picture for picture in rows["image"] if picture is not None), None)
@@ -145,9 +184,18 @@ def with_text_alone(rows: datasets.Dataset, text_column: str) -> datasets.Datase
     return rows
 
 
+def null_count(rows: datasets.Dataset | ParquetRows, name: str) -> int:
+    """Rows of which a column is missing."""
+    return rows.null_count(name) if isinstance(rows, ParquetRows) else rows.data.column(name).null_count
+
+
 def require_pictures(rows: datasets.Dataset) -> None:
-    """Raises ValueError if a row has no picture."""
-    missing = rows.data.column("image").null_count
+    """Raises ValueError if a row has no picture, or lists of them."""
+    if "image" not in rows.column_names:
+        raise ValueError(
+            f"a tokenizer needs a picture in every row, but the columns are {', '.join(rows.column_names)}"
+        )
+    missing = null_count(rows, "image")
     if missing:
         raise ValueError(f"{missing} rows of the data have no picture; a tokenizer needs one in every row")
 
@@ -177,6 +225,13 @@ class EpochDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
+    def row(self, index: int) -> dict:
+        """One row; raises ValueError, with its number, when it cannot be read."""
+        try:
+            return self.rows[index]
+        except ValueError as error:
+            raise ValueError(f"row {index}: {error}") from error
+
     def generator(self, index: int) -> torch.Generator:
         """Randomness of one sample in this epoch."""
         seeds = np.random.SeedSequence([self.seed, self.epoch, index]).generate_state(2, np.uint32)
@@ -194,18 +249,21 @@ class PictureDataset(EpochDataset):
     """Rows to pixels (3, H, W) in [-1, 1]."""
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        return self.augmentation(to_pixels(self.rows[index]["image"]), self.generator(index))
+        return self.augmentation(to_pixels(self.row(index)["image"]), self.generator(index))
+
+
+def require_one_size(pixels: list[torch.Tensor]) -> None:
+    """Raises ValueError unless pictures (…, H, W) are all of one size."""
+    sizes = sorted({f"{picture.shape[-1]}x{picture.shape[-2]}" for picture in pixels})
+    if len(sizes) > 1:
+        raise ValueError(f"the pictures of the data are not of one size, but {', '.join(sizes)}; prepare them first")
 
 
 class PictureCollator:
     """Pixels to `pixel_values` (B, 3, H, W); ValueError when they are not all of one size."""
 
     def __call__(self, pixels: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-        sizes = sorted({f"{picture.shape[2]}x{picture.shape[1]}" for picture in pixels})
-        if len(sizes) > 1:
-            raise ValueError(
-                f"the pictures of the data are not of one size, but {', '.join(sizes)}; prepare them first"
-            )
+        require_one_size(pixels)
         return {"pixel_values": torch.stack(pixels)}
 
 
@@ -251,6 +309,20 @@ class StreamDataset(EpochDataset):
         self.many = has_many(rows)
         wanted = (image_column(rows), "image_codes", text_column)
         super().__init__(rows.select_columns([name for name in rows.column_names if name in wanted]), augment, seed)
+        if self.many:
+            require_lists(rows)
+        pictures = rows.features.get("image")
+        if not self.many and not isinstance(pictures, datasets.Image | None):
+            raise ValueError(f"the column 'image' holds no pictures, but {pictures}")
+        codes = rows.features.get("image_codes")
+        kind = codes
+        while isinstance(kind, datasets.List):
+            kind = kind.feature
+        if codes is not None and (kind == codes or getattr(kind, "dtype", None) not in CODE_TYPES):
+            raise ValueError(
+                f"the column 'image_codes' must hold lists of integers, not {codes}; encode the data again"
+            )
+        self.codes_per_image = codes_per_image
         self.tokenizer, self.text_column = tokenizer, text_column
         self.image_first, self.caption_dropout, self.max_length = image_first, caption_dropout, max_length
         self.image = [
@@ -266,7 +338,12 @@ class StreamDataset(EpochDataset):
 
     def __getitems__(self, indices: list[int]) -> list[dict]:
         """The samples of a batch, as `DataLoader` asks for them."""
-        rows = self.rows[indices]
+        try:
+            rows = self.rows[indices]
+        except ValueError:
+            for index in indices:
+                self.row(index)
+            raise
         nothing = [None] * len(indices)
         if self.many:
             parts = (rows[self.text_column], rows.get("images", nothing), rows.get("image_codes", nothing))
@@ -287,7 +364,16 @@ class StreamDataset(EpochDataset):
         ids = [[self.tokenizer.bos_token_id, *words[:room], start] for words in self.words(texts)]
         return dict(self.tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt"))
 
+    def require_codes(self, index: int, codes: list[int] | None) -> None:
+        """Raises ValueError unless these are the codes of one image, or none."""
+        if codes is not None and (len(codes) != self.codes_per_image or None in codes):
+            raise ValueError(
+                f"row {index} of the data has {len(codes)} codes for an image, {codes.count(None)} of them missing; "
+                f"it must be {self.codes_per_image}: encode the data again"
+            )
+
     def sample(self, index: int, words: list[int], picture: Image.Image | None, codes: list[int] | None) -> dict:
+        self.require_codes(index, codes)
         if picture is None and codes is None and not words:
             raise ValueError(f"row {index} of the data has neither a picture nor a text")
         generator = self.generator(index)
@@ -307,6 +393,10 @@ class StreamDataset(EpochDataset):
     def sample_of_many(
         self, index: int, text: str | None, pictures: list[Image.Image] | None, codes: list[list[int]] | None
     ) -> dict:
+        for own in codes or []:
+            self.require_codes(index, own or [])
+        if None in (pictures or []):
+            raise ValueError(f"row {index} of the data has a list of pictures in which one is missing")
         count = len((pictures if codes is None else codes) or [])
         pieces = (text or "").split(self.tokenizer.image_token)
         pieces = [""] * count + pieces if len(pieces) == 1 else pieces
@@ -328,6 +418,7 @@ class StreamDataset(EpochDataset):
         ids.append(self.tokenizer.eos_token_id)
         generator = self.generator(index)
         pixels = [self.augmentation(to_pixels(picture), generator) for picture in pictures or []]
+        require_one_size(pixels)
         return {
             "input_ids": ids,
             "pixel_values": torch.stack(pixels) if pixels else None,
@@ -409,6 +500,7 @@ class StreamCollator:
         }
         pictures = [sample["pixel_values"] for sample in samples if sample["pixel_values"] is not None]
         if pictures:
+            require_one_size(pictures)
             batch["pixel_values"] = torch.cat(
                 [own if own.ndim == 4 else own[None] for own in pictures]
             )  # (M, 3, H, W)

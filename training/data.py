@@ -20,11 +20,12 @@ From the source to the file, nothing is lost in silence: a picture becomes a row
     too small            the shorter side is below --min_size
     duplicate            the same pixels as an earlier picture, before resizing (--drop_duplicates)
     listed but missing   the metadata file or the data set names it, and it is not there
-    link                 a link; none is followed: it leads out of the folder, or to what is read anyway
+    link                 a link; none is followed: it leads out of the folder or data set, or to what is read anyway
     hidden               a picture whose name, or the name of a folder it is in, begins with a dot
 
 Files appear when all is done: they are written to a hidden folder beside --output_file and then moved. An error or
-Ctrl-C removes that folder; a kill leaves it behind, where it disturbs nothing.
+Ctrl-C removes that folder; after a kill, the next run that writes there does. A kill while several files are being moved
+leaves `.<stem>.finished` with the rest of them: the next run for this --output_file moves them first.
 
 Memory: a few pictures per worker and one row group, whatever the number of pictures; besides, the captions of metadata
 files, what was left out, and with --drop_duplicates a hash and a name per picture.
@@ -38,6 +39,7 @@ import json
 import os
 import posixpath
 import re
+import shutil
 import string
 import tarfile
 import unicodedata
@@ -46,12 +48,11 @@ import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
-from itertools import chain
+from itertools import chain, count
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Literal, NamedTuple
 
 import fsspec
@@ -60,13 +61,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import ClassLabel, Dataset, Features, IterableDataset, Value, load_dataset
 from datasets import Image as ImageFeature
-from datasets.exceptions import DatasetGenerationError, DatasetsError
+from datasets.exceptions import DatasetsError
 from datasets.features.features import FeatureType
 from PIL import Image
 from pyarrow.fs import LocalFileSystem
 from tqdm import tqdm
 
+from ..configuration.refusal_unitok import refused_in_words
 from ..processing.pixels import PictureError, fit_square, load_rgb
+from .runs import folder_beside
+from .stored_pictures import belongs_to
 
 
 METADATA_FILES = ("metadata.csv", "metadata.jsonl")
@@ -78,6 +82,8 @@ DIGITS_HELD_OUT = 397
 # Small enough to show one page of a viewer quickly and to bound memory, large enough to read through fast.
 ROWS_PER_GROUP = 256
 BYTES_PER_GROUP = 32 * 2**20
+
+REPORT = "report.json"
 
 WORKERS = min(8, os.cpu_count() or 1)
 
@@ -191,6 +197,14 @@ class DataReport:
         lines += [f"{count:8,}  {reason}" for reason, count in self.reasons.most_common()]
         return "\n".join(lines)
 
+    def to_json(self) -> dict:
+        return asdict(self) | {"files": [str(file) for file in self.files]}
+
+    @classmethod
+    def from_json(cls, found: dict) -> "DataReport":
+        files, left_out = map(Path, found["files"]), (LeftOut(**left) for left in found["left_out"])
+        return cls(**found | {"files": list(files), "left_out": list(left_out)})
+
 
 @dataclass(frozen=True)
 class Item:
@@ -245,10 +259,12 @@ def prepare_data(args: PrepareDataArguments) -> DataReport:
     """
     open_source = chosen_source(args)
     output = Path(args.output_file)
-    refuse_to_overwrite(output)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"PIL\.")  # about single files, whose fate is in the report
-        report = write_rows(open_source(args), args, output)
+    made, report = publish(output)
+    if made != asdict(args):
+        refuse_to_overwrite(output)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"PIL\.")  # about single files, whose fate is in the report
+            report = write_rows(open_source(args), args, output)
     print(report.summary())
     return report
 
@@ -257,9 +273,9 @@ def write_rows(source: Source, args: PrepareDataArguments, output: Path) -> Data
     report = DataReport(class_names=source.class_names)
     output.parent.mkdir(parents=True, exist_ok=True)
     with (
-        TemporaryDirectory(prefix=f".{output.stem}.", dir=output.parent) as scratch,
+        folder_beside(output.parent) as scratch,
         tqdm(total=source.total, unit=" pictures", desc="prepare-data") as progress,
-        Shards(Path(scratch), source.class_names, args.max_rows_per_shard) as shards,
+        Shards(scratch, source.class_names, args.max_rows_per_shard) as shards,
         closing(in_order(partial(render, args=args), source.items)) as results,
     ):
         names_of_pixels = {}
@@ -287,7 +303,11 @@ def write_rows(source: Source, args: PrepareDataArguments, output: Path) -> Data
         if report.rows == 0:
             found = ", ".join(f"{count:,} {reason}" for reason, count in report.reasons.most_common())
             raise ValueError(f"no picture can be used, nothing is written (left out: {found or 'nothing was there'})")
-        report.files = publish(shards.finish(), report.left_out, output)
+        report.files = name_files(shards.finish(), report.left_out, output)
+        (scratch / REPORT).write_text(json.dumps([asdict(args), report.to_json()]), encoding="utf-8")
+        refuse_to_overwrite(output)
+        scratch.rename(finished_folder(output))
+    publish(output)
     return report
 
 
@@ -347,7 +367,7 @@ def folder_source(args: PrepareDataArguments) -> Source:
         total += not (isinstance(found, str) and is_metadata(found))
         missing.pop(composed(found if isinstance(found, str) else found.item), None)
     lines = [
-        LeftOut(name, "listed but missing", f"{listing.file}, line {listing.line}")
+        LeftOut(printable(name), "listed but missing", f"{listing.file}, line {listing.line}")
         for name, rows in missing.items()
         for listing in rows
     ]
@@ -380,7 +400,11 @@ def read_metadata(path: Path, text_column: str) -> Iterator[tuple[int, str, str 
                         columns |= row
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error}") from error
-    except (csv.Error, json.JSONDecodeError) as error:
+    except RecursionError as error:
+        raise ValueError(f"{path}, after line {line}: nested too deeply") from error
+    except (csv.Error, ValueError) as error:
+        if str(path) in str(error):
+            raise
         raise ValueError(f"{path}, after line {line}: {error}") from error
     for column in ("file_name", text_column):
         if column not in columns:
@@ -395,6 +419,8 @@ def read_metadata(path: Path, text_column: str) -> Iterator[tuple[int, str, str 
             raise ValueError(
                 f"{path}, line {line}: file_name and {text_column} must be text, not {name!r}, {caption!r}"
             )
+        if caption is not None and caption != caption.encode(errors="replace").decode():
+            raise ValueError(f"{path}, line {line}: {text_column} has half a surrogate pair, which cannot be written")
         yield line, name, caption
 
 
@@ -466,7 +492,10 @@ def composed(name: str) -> str:
 
 def printable(name: str) -> str:
     """A file name as text that can be written anywhere: bytes in it that are not UTF-8 become a replacement mark."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    try:
+        return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    except UnicodeEncodeError:  # half a surrogate pair, which no file name has
+        return name.encode("utf-8", "replace").decode()
 
 
 def spoken(class_name: str) -> str:
@@ -482,9 +511,13 @@ def dataset_source(args: PrepareDataArguments) -> Source:
         path, files = "parquet", args.dataset
     try:
         rows = load_dataset(path, args.dataset_config, data_files=files, split=args.split, streaming=args.streaming)
-    except DatasetGenerationError as error:
+    except (ImportError, MemoryError):
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and not Path(args.dataset).exists():
+            raise
         raise ValueError(f"--dataset {args.dataset}: {error.__cause__ or error}") from error
-    return rows_source(rows, args.image_column, args.text_column, args.label_column, args.split)
+    return rows_source(rows, args.image_column, args.text_column, args.label_column, args.split, args.dataset)
 
 
 def cifar_download_source(args: PrepareDataArguments) -> Source:
@@ -495,13 +528,18 @@ def cifar_download_source(args: PrepareDataArguments) -> Source:
             f"CIFAR-10 could not be fetched from the Hub ({error}). For a machine without network, bring "
             "cifar-10-binary.tar.gz from https://www.cs.toronto.edu/~kriz/cifar.html and give it as --cifar_archive"
         ) from error
-    return rows_source(rows, "img", None, "label", args.split)
+    return rows_source(rows, "img", None, "label", args.split, "uoft-cs/cifar10")
 
 
 def rows_source(
-    rows: Dataset | IterableDataset, image_column: str, text_column: str | None, label_column: str | None, split: str
+    rows: Dataset | IterableDataset,
+    image_column: str,
+    text_column: str | None,
+    label_column: str | None,
+    split: str,
+    dataset: str,
 ) -> Source:
-    """Rows of the datasets library, named split/number.
+    """Rows of the datasets library, named split/number. A file that a row names is read if it is the data set's own.
 
     Raises:
         ValueError: a column is not there or holds something else.
@@ -524,14 +562,33 @@ def rows_source(
     rows = rows.cast_column(image_column, ImageFeature(decode=False))
 
     def items() -> Iterator[Item | LeftOut]:
-        for index, row in enumerate(rows):
+        remaining = iter(rows)
+        for index in count():
             name = f"{split}/{index}"
-            picture = picture_of(row[image_column])
+            with refused_in_words(f"--dataset {dataset}: row {name} cannot be read"):
+                try:
+                    row = next(remaining, None)
+                except UnicodeDecodeError as error:
+                    raise ValueError(f"--dataset {dataset}: row {name} holds text that is not UTF-8") from error
+            if row is None:
+                return
+            value = row[image_column]
+            if (
+                value is not None
+                and value["bytes"] is None
+                and value["path"]
+                and not belongs_to(value["path"], dataset)
+            ):
+                yield LeftOut(name, "link", f"{printable(value['path'])} is not in the data set")
+                continue
+            picture = picture_of(value)
             if picture is None:
                 yield LeftOut(name, "listed but missing", "the row holds no picture")
                 continue
             class_name = row[label_column] if label_column else None
             if class_names is not None and class_name is not None:
+                if class_name >= len(class_names):
+                    raise ValueError(f"--dataset {dataset}: row {name} is of class {class_name}, which has no name")
                 class_name = class_names[class_name] if class_name >= 0 else None  # -1: not labelled
             yield Item(
                 name=name,
@@ -797,19 +854,41 @@ def refuse_to_overwrite(output: Path) -> None:
                 raise FileExistsError(f"{file} exists; move it away or choose another --output_file")
 
 
-def publish(shards: list[Path], left_out: list[LeftOut], output: Path) -> list[Path]:
-    """Moves complete files to where they belong; the Parquet files come last."""
-    refuse_to_overwrite(output)
+def finished_folder(output: Path) -> Path:
+    return output.with_name(f".{output.stem}.finished")
+
+
+def name_files(shards: list[Path], left_out: list[LeftOut], output: Path) -> list[Path]:
+    """Gives complete files the names under which they will be published, which are returned."""
     if left_out:
-        lines = shards[0].with_name("left_out.jsonl")
-        with open(lines, "w", encoding="utf-8") as file:
+        with open(shards[0].with_name(left_out_file(output).name), "w", encoding="utf-8") as file:
             file.writelines(json.dumps(asdict(left), ensure_ascii=False) + "\n" for left in left_out)
-        lines.rename(left_out_file(output))
     names = [f"{output.stem}-{number:05d}-of-{len(shards):05d}.parquet" for number in range(len(shards))]
     files = [output] if len(shards) == 1 else [output.with_name(name) for name in names]
     for shard, file in zip(shards, files, strict=True):
-        shard.rename(file)
+        shard.rename(shard.with_name(file.name))
     return files
+
+
+def publish(output: Path) -> tuple[dict | None, DataReport | None]:
+    """Moves the files that are finished to where they belong; the Parquet files come last.
+
+    Returns:
+        the arguments and the report of the run that made them; None twice if there are none.
+    """
+    folder = finished_folder(output)
+    if not (folder / REPORT).is_file():
+        with suppress(OSError):
+            folder.rmdir()  # all but this was done
+        return None, None
+    made, report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+    waiting = [file for file in folder.iterdir() if file.name != REPORT]
+    for file in sorted(waiting, key=lambda file: (file.suffix == ".parquet", file.name)):
+        if output.with_name(file.name).exists():
+            raise FileExistsError(f"{output.with_name(file.name)} exists; move it away, {file} belongs there")
+        file.rename(output.with_name(file.name))
+    shutil.rmtree(folder)
+    return made, DataReport.from_json(report)
 
 
 def shortened(names: list[str]) -> str:
