@@ -282,4 +282,4 @@ def test_a_run_whose_export_fails_leaves_no_tokenizer(colours, tmp_path, monkeyp
     options = {"quantizer": "ema", "codebook_norm": "l2", "save_strategy": "no"}
     with pytest.raises(ExportError, match="the same code to"):
         train_tokenizer(arguments(colours, tmp_path / "run", **options))
-    assert {entry.name for entry in (tmp_path / "run").iterdir()} <= {"samples"}
+    assert {entry.name for entry in (tmp_path / "run").iterdir()} <= {"samples", "run.json"}

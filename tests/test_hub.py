@@ -240,7 +240,7 @@ import sys, datasets, unitok_hf
 from unitok_hf.training.collators import read_rows
 repo, local = sys.argv[1:]
 ours, theirs = read_rows(local), datasets.load_dataset(repo, split="train")
-assert ours.features == theirs.features and len(ours) == len(theirs) == 8
+assert ours.features.to_dict() == theirs.features.to_dict() and len(ours) == len(theirs) == 8
 assert [row["text"] for row in ours] == [row["text"] for row in theirs]
 streamed = list(datasets.load_dataset(repo, split="train", streaming=True))
 for first, second, third in zip(ours, theirs, streamed):

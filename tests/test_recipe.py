@@ -223,7 +223,7 @@ def test_codes_that_changed_are_not_saved(trained, colours, tmp_path, monkeypatc
     options = own | {"decoder_only": True, "vq_model_path": str(trained), "max_steps": 3}
     with pytest.raises(ValueError, match="is not that of .*; nothing was saved"):
         train_tokenizer(arguments(colours, tmp_path / "run", **options))
-    assert {entry.name for entry in (tmp_path / "run").iterdir()} <= {"samples"}
+    assert {entry.name for entry in (tmp_path / "run").iterdir()} <= {"samples", "run.json"}
 
 
 def test_a_tokenizer_that_is_trained_on_gets_a_codebook_anew_and_starts_ahead(trained, colours, tmp_path):

@@ -10,6 +10,7 @@ shared, the card is made again, with the name it has then. MARK in its last line
 is somebody's work, and stays.
 """
 
+import io
 import json
 import math
 from importlib.resources import files
@@ -95,7 +96,9 @@ def write_card(folder: str | Path, measures: dict[str, float] | None = None) -> 
         write_beside(folder / "eval_results.json", json.dumps(results, indent=4, sort_keys=True).encode())
     if is_ours(folder):
         for name, (_, picture) in gallery(folder).items():
-            picture.save(folder / name)
+            with io.BytesIO() as buffer:
+                picture.save(buffer, "PNG")
+                write_beside(folder / name, buffer.getvalue())
         write_beside(folder / "README.md", card(folder, str(folder)).encode())
 
 

@@ -3,7 +3,8 @@
     unitok-hf generate --checkpoint out/model --prompt "a red apple" --num_images 4 --guidance_scale 3
     unitok-hf generate --checkpoint out/model --image apple.png
 
-What comes out, in a folder of its own below `--output_dir` (`out/generation/001`, `002`, …; no run overwrites another):
+What comes out, in a folder of its own below `--output_dir` (`out/generation/001`, `002`, …; no run overwrites another, and
+the folder is there when all of it is):
 
     000.png, 001.png, …   the pictures
     sheet.png             all of them on one sheet
@@ -23,11 +24,12 @@ from tqdm import tqdm
 from transformers import AutoModel, AutoProcessor, PreTrainedConfig
 
 from ..configuration.configuration_unitok import UniTokConfig
+from ..configuration.refusal_unitok import refused_in_words
 from ..modeling_unitok.modeling_unitok import UniTokForConditionalGeneration
 from ..processing.image_processing_unitok import to_pictures
 from ..processing.pixels import load_rgb
 from ..processing.processing_unitok import UniTokProcessor
-from .runs import numbered_folder
+from .runs import folder_beside, take_number
 
 
 @dataclass
@@ -91,9 +93,12 @@ def require_model(checkpoint: str) -> None:
     if not Path(checkpoint).exists() and checkpoint.count("/") != 1:
         raise FileNotFoundError(f"no model at {checkpoint}")
     try:
-        config, _ = PreTrainedConfig.get_config_dict(checkpoint)
+        with refused_in_words(f"the configuration of {checkpoint} is malformed"):
+            config, _ = PreTrainedConfig.get_config_dict(checkpoint)
     except OSError as error:
         raise FileNotFoundError(f"no model at {checkpoint}: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"the configuration of {checkpoint} does not hold keys and values")
     if config.get("model_type") != UniTokConfig.model_type:
         kind = config.get("model_type") or config.get("_class_name") or "nothing we know"
         raise ValueError(f"{checkpoint} holds no UniTok model, but {kind}; `unitok-hf train` makes one")
@@ -102,10 +107,11 @@ def require_model(checkpoint: str) -> None:
 def load_model(checkpoint: str, device: torch.device) -> tuple[UniTokForConditionalGeneration, UniTokProcessor]:
     """A trained model in evaluation mode, and its processor; raises as `require_model`."""
     require_model(checkpoint)
-    model, processor = (
-        AutoModel.from_pretrained(checkpoint).to(device).eval(),
-        AutoProcessor.from_pretrained(checkpoint),
-    )
+    with refused_in_words(f"the model in {checkpoint} cannot be loaded"):
+        model, processor = (
+            AutoModel.from_pretrained(checkpoint).to(device).eval(),
+            AutoProcessor.from_pretrained(checkpoint),
+        )
     model.require_tokenizer(processor.tokenizer)
     return model, processor
 
@@ -154,8 +160,9 @@ def generate(args: GenerateArguments) -> Path:
             ids = ids[:, inputs["input_ids"].shape[1] :]
             parts = processor.decode_mixed(ids, model, on_error="skip")
         samples += zip(batch, ids.tolist(), parts, strict=True)
-    folder = numbered_folder(args.output_dir)
-    write_samples(samples, args.seed, folder)
+    with folder_beside(args.output_dir) as beside:
+        write_samples(samples, args.seed, beside)
+        folder = take_number(beside)
     print(f"{len(samples)} samples in {folder}")
     return folder
 

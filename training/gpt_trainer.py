@@ -19,6 +19,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -33,7 +34,6 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
-    Trainer,
     TrainingArguments,
     set_seed,
 )
@@ -59,9 +59,10 @@ from .evaluation import nats_and_tokens, stream_bits
 from .generate import load_model
 from .lora import add_lora
 from .muon import MuonWith, layer_matrices
+from .parquet_rows import ParquetRows, WindowSampler
 from .push import push_run
 from .reconstruction import picture_rows
-from .runs import checkpoint_to_resume, require_finite, save_arguments, save_beside
+from .runs import Run, RunTrainer, require_finite, save_arguments, save_beside, write_beside
 from .token_cache import require_fresh
 from .tracking import LastEvaluationCallback, last_metrics, track_pictures
 
@@ -81,6 +82,10 @@ class GPTTrainingArguments(TrainingArguments):
     )
     validation_fraction: float = field(
         default=0.05, metadata={"help": "Share of the rows held out when --eval_data_path is not given."}
+    )
+    streaming: bool = field(
+        default=False,
+        metadata={"help": "Read Parquet as needed, for data larger than memory; rows are shuffled within windows."},
     )
     text_column: str = field(default="text", metadata={"help": "Column of the captions."})
     use_visual_tokens: bool = field(default=True, metadata={"help": "False trains the text model alone."})
@@ -172,6 +177,8 @@ class GPTTrainingArguments(TrainingArguments):
             raise ValueError("--model_path brings its own text tokenizer; leave --text_tokenizer_path out")
         if self.model_path is not None and not self.use_visual_tokens:
             raise ValueError("--model_path is for models that draw; leave --use_visual_tokens false out")
+        if self.streaming and not self.use_visual_tokens:
+            raise ValueError("--streaming is for pictures and text; leave it out with --use_visual_tokens false")
         if self.use_visual_tokens and self.visual_tokenizer_path is None and self.model_path is None:
             raise ValueError("--visual_tokenizer_path is missing; train a tokenizer with `unitok-hf train-tokenizer`")
 
@@ -223,7 +230,7 @@ def nanochat_config(depth: int, hidden_size: int | None, vocab_size: int, max_le
     )
 
 
-class StreamTrainer(Trainer):
+class StreamTrainer(RunTrainer):
     """`transformers.Trainer` over a `StreamDataset`: grouped by length, Muon, the share of padding in the log.
 
     A non-finite loss is an error.
@@ -234,6 +241,9 @@ class StreamTrainer(Trainer):
         self.counted: list[torch.Tensor] = []  # what `count` found in each batch since the last log line
 
     def _get_train_sampler(self, train_dataset: StreamDataset | None = None) -> torch.utils.data.Sampler:
+        rows = self.train_dataset.rows
+        if isinstance(rows, ParquetRows):
+            return WindowSampler(rows, self.train_dataset)
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
         step = self.args.train_batch_size * self.args.world_size
@@ -277,9 +287,6 @@ class StreamTrainer(Trainer):
     def floating_point_ops(self, inputs: dict[str, torch.Tensor]) -> int:
         """Forward and backward, for the log; counted once, where the Trainer counts at every step."""
         return 6 * inputs["input_ids"].numel() * self.weights_per_token
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Nothing: a run is shared when it is finished, see `push_run`."""
 
     def terms(self, loss: torch.Tensor, outputs) -> dict[str, torch.Tensor]:
         """What to show when the loss is not finite."""
@@ -347,8 +354,7 @@ class GPTTrainer(StreamTrainer):
     def draw(self) -> None:
         """Pictures of the prompts, in a file named by the step."""
         folder = Path(self.args.output_dir) / "samples"
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "prompts.json").write_text(json.dumps(self.prompts, indent=2, ensure_ascii=False), encoding="utf-8")
+        write_beside(folder / "prompts.json", json.dumps(self.prompts, indent=2, ensure_ascii=False).encode())
         inputs = self.eval_dataset.image_prompts(self.prompts)
         guided = self.args.caption_dropout > 0 and self.args.image_first < 1  # has it learned to draw without a text
         generator = torch.Generator(self.model.device).manual_seed(self.args.seed)
@@ -365,7 +371,8 @@ class GPTTrainer(StreamTrainer):
             for _ in range(2)
         ]
         pictures = picture_rows(rows)
-        pictures.save(folder / f"step_{self.state.global_step:06d}.png")
+        name = f"step_{self.state.global_step:06d}.png"
+        save_beside(folder, lambda beside: pictures.save(Path(beside) / name))
         track_pictures(self, pictures)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
@@ -449,7 +456,7 @@ def prompts_to_draw(args: GPTTrainingArguments, rows: datasets.Dataset) -> list[
     if args.sample_prompts is not None:
         return args.sample_prompts
     captions: dict[str, None] = {}
-    for text in rows.select_columns(args.text_column).select(range(min(len(rows), 1000)))[args.text_column]:
+    for text in islice(rows[args.text_column], 1000):
         if text and len(captions) < 8:
             captions[text] = None
     return list(captions)
@@ -476,7 +483,11 @@ def train_gpt(args: GPTTrainingArguments) -> dict[str, float]:
     Raises:
         FileNotFoundError, ValueError: the data, the tokenizer or the output folder are not usable; nothing was written.
     """
-    checkpoint = checkpoint_to_resume(args)
+    with Run(args) as run:
+        return _train(args, run)
+
+
+def _train(args: GPTTrainingArguments, run: Run) -> dict[str, float]:
     model = processor = None
     if args.model_path is not None and is_unitok(args.model_path):
         if args.visual_tokenizer_path is not None:
@@ -489,7 +500,9 @@ def train_gpt(args: GPTTrainingArguments) -> dict[str, float]:
     else:
         vq_model = None
     data_seed = args.seed if args.data_seed is None else args.data_seed
-    rows, eval_rows = training_and_validation(args.data_path, args.eval_data_path, args.validation_fraction, data_seed)
+    rows, eval_rows = training_and_validation(
+        args.data_path, args.eval_data_path, args.validation_fraction, data_seed, args.streaming
+    )
     for part in (rows, eval_rows):
         require_text(part, args.text_column)
     if vq_model is None:
@@ -508,15 +521,17 @@ def train_gpt(args: GPTTrainingArguments) -> dict[str, float]:
         captions = (text for text in rows[args.text_column] if text)
         tokenizer = train_text_tokenizer(captions, args.text_vocab_size)
     add_special_tokens(tokenizer)
+    grown = vq_model is not None and model is None
     if vq_model is None:
         model = NanoChatForCausalLM(nanochat_config(args.depth, args.hidden_size, len(tokenizer), args.max_length))
         processor, codes_per_image = tokenizer, 0
-    else:
-        if model is None:
-            model, processor = build_model(args, tokenizer, vq_model)
-            if args.lora_rank and args.should_save:  # what the adapter is for, so that it can be used alone
-                base = Path(args.output_dir) / "base"
-                save_beside(str(base), lambda folder: save_model(model, processor, folder))
+    elif grown:
+        model, processor = build_model(args, tokenizer, vq_model)
+    run.begin()
+    if vq_model is not None:
+        if grown and args.lora_rank and args.should_save:  # what the adapter is for, so that it can be used alone
+            base = Path(args.output_dir) / "base"
+            save_beside(base, lambda folder: save_model(model, processor, folder))
         for name in ("text_loss_weight", "image_loss_weight"):
             if getattr(args, name) is not None:
                 setattr(model.config, name, getattr(args, name))
@@ -552,11 +567,11 @@ def train_gpt(args: GPTTrainingArguments) -> dict[str, float]:
     else:
         trainer = GPTTrainer(prompts=prompts_to_draw(args, eval_rows), **parts)
     trainer.add_callback(LastEvaluationCallback())
-    trainer.train(resume_from_checkpoint=checkpoint)
+    run.train(trainer)
     metrics = last_metrics(trainer)
     if trainer.is_world_process_zero():
         if args.lora_rank:
-            save_beside(str(Path(args.output_dir) / "adapter"), model.save_pretrained)
+            save_beside(Path(args.output_dir) / "adapter", model.save_pretrained)
             model = model.merge_and_unload()
         save_beside(args.output_dir, lambda folder: save_model(model, processor, folder))
         save_arguments(args, args.output_dir)

@@ -24,6 +24,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from .stored_pictures import guarded
+
 
 MEMORY = 256 * 2**20
 
@@ -54,7 +56,7 @@ class ParquetRows:
                 metadata, schema = pq.read_metadata(file), pq.read_schema(file)
             except pa.ArrowInvalid as error:
                 raise ValueError(f"{file} is no Parquet file: {error}") from error
-            features = datasets.Features.from_arrow_schema(schema)
+            features = datasets.Features(guarded(datasets.Features.from_arrow_schema(schema)))
             if number == 0:
                 self.features = features if columns is None else datasets.Features({c: features[c] for c in columns})
             elif any(features.get(name) != kind for name, kind in self.features.items()):
@@ -118,8 +120,8 @@ class ParquetRows:
         row = self.group(number).slice(key - int(self.groups[number]), 1).to_pylist()[0]
         try:
             return self.features.decode_example(row)
-        except (OSError, SyntaxError) as error:  # what Pillow raises
-            raise ValueError(f"row {key}, in {self.files[self.places[number][0]]}, cannot be read: {error}") from error
+        except ValueError as error:
+            raise ValueError(f"row {key}, in {self.files[self.places[number][0]]}: {error}") from error
 
     def column(self, name: str) -> Iterator:
         """The values of a column, one after another."""

@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from ..modeling_unitok.modeling_vq import UniTokVQModel
 from .collators import has_many, image_column, parquet_files, read_rows, require_size, to_pixels
+from .runs import folder_beside
 
 
 METADATA_KEY = b"unitok"
@@ -118,14 +119,20 @@ def encode(args: EncodeArguments) -> list[Path]:
             f"{folder} holds {strange[0].name}, which this run would not write; choose another --output_dir"
         )
     mine = list(enumerate(paths))[state.process_index :: state.num_processes]
-    for number, path in tqdm(mine, desc="encoding", unit="shard", disable=not state.is_local_main_process):
-        begin = number * args.rows_per_shard
-        about["rows"] = [begin, min(begin + args.rows_per_shard, len(rows))]
-        if path.exists():
-            if read_metadata(path) != about:
-                raise ValueError(f"{path} was made by another tokenizer or of other data; choose another --output_dir")
-            continue
-        write_shard(rows.select(range(*about["rows"])), vq_model, features, about, args.batch_size, path)
+    with folder_beside(folder) as beside:
+        for number, path in tqdm(mine, desc="encoding", unit="shard", disable=not state.is_local_main_process):
+            begin = number * args.rows_per_shard
+            about["rows"] = [begin, min(begin + args.rows_per_shard, len(rows))]
+            if path.exists():
+                if read_metadata(path) != about:
+                    raise ValueError(
+                        f"{path} was made by another tokenizer or of other data; choose another --output_dir"
+                    )
+                continue
+            write_shard(
+                rows.select(range(*about["rows"])), vq_model, features, about, args.batch_size, beside / path.name
+            )
+            os.replace(beside / path.name, path)
     state.wait_for_everyone()
     return paths
 
@@ -138,7 +145,7 @@ def write_shard(
     batch_size: int,
     path: Path,
 ) -> None:
-    """One Parquet file of codes, written beside and renamed."""
+    """One Parquet file of codes."""
     codes: list[list | None] = []
     many, images = has_many(rows), image_column(rows)
     for batch in rows.select_columns(images).iter(batch_size):
@@ -155,6 +162,4 @@ def write_shard(
     kind = schema.field("image_codes").type
     schema = schema.with_metadata({**schema.metadata, METADATA_KEY: json.dumps(about).encode()})
     table = table.append_column("image_codes", pa.array(codes, kind)).cast(schema)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    pq.write_table(table, beside)
-    os.replace(beside, path)
+    pq.write_table(table, path)

@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from ..modeling_unitok.modeling_vq import UniTokVQModel
 from .cards import write_card
@@ -47,11 +47,13 @@ from .decoder_tuning import FrozenCodebook, freeze_codes, require_same_codes
 from .discriminator import AdaptiveWeight, PatchDiscriminator
 from .health import HealthWatch, latent_measures
 from .losses import RECONSTRUCTION_LOSSES
+from .muon import MuonWith, kernels
+from .parquet_rows import ParquetRows, WindowSampler
 from .perceptual import DISTANCES, perceptual_loss
 from .push import push_run
 from .quantizers import ESTIMATORS, NORMS, QUANTIZERS, Quantizer, forget_rows
 from .reconstruction import ReconstructionMeter, picture_rows
-from .runs import checkpoint_to_resume, load_tensors, require_finite, save_arguments, save_beside
+from .runs import Run, RunTrainer, load_tensors, require_finite, save_arguments, save_beside
 from .tracking import LastEvaluationCallback, last_metrics, track_pictures
 from .weight_average import WeightAverage
 
@@ -85,6 +87,10 @@ class VQTrainingArguments(TrainingArguments):
     )
     validation_fraction: float = field(
         default=0.05, metadata={"help": "Share of the rows held out when --eval_data_path is not given."}
+    )
+    streaming: bool = field(
+        default=False,
+        metadata={"help": "Read Parquet as needed, for data larger than memory; rows are shuffled within windows."},
     )
     vq_model_path: str | None = field(
         default=None,
@@ -128,6 +134,9 @@ class VQTrainingArguments(TrainingArguments):
     )
     reconstruction_loss: Literal["l1", "l2", "l1_l2"] = field(
         default="l1", metadata={"help": "Multi-scale absolute error, squared error, or absolute and squared error."}
+    )
+    matrix_optimizer: Literal["adamw", "muon"] = field(
+        default="adamw", metadata={"help": "Optimizer of the layers but the first and last; adamw: as the rest."}
     )
     commitment_weight: float = field(default=0.25, metadata={"help": "Weight of the commitment loss."})
     perceptual_weight: float = field(default=0.0, metadata={"help": "Weight of the perceptual loss; 0 for none."})
@@ -186,6 +195,7 @@ class VQTrainingArguments(TrainingArguments):
         super().__post_init__()
         self._settle_architecture()
         choices = {"quantizer": QUANTIZERS, "codebook_norm": NORMS, "gradient_estimator": ESTIMATORS}
+        choices |= {"matrix_optimizer": ("adamw", "muon")}
         choices |= {"reconstruction_loss": RECONSTRUCTION_LOSSES, "perceptual_network": ("auto", *DISTANCES)}
         for name, known in choices.items():
             if getattr(self, name) not in known:
@@ -453,7 +463,7 @@ class CodebookCallback(TrainerCallback):
             )
 
 
-class VQTrainer(Trainer):
+class VQTrainer(RunTrainer):
     """`transformers.Trainer` for `VQTrainingModel`: loss terms and codebook in the log, pictures at every evaluation."""
 
     def __init__(self, model: VQTrainingModel, args: VQTrainingArguments, **kwargs):
@@ -462,35 +472,44 @@ class VQTrainer(Trainer):
         self.terms: dict[str, list[torch.Tensor]] = defaultdict(list)
         self.health = HealthWatch()
 
+    def _get_train_sampler(self, train_dataset: PictureDataset | None = None) -> torch.utils.data.Sampler:
+        rows = self.train_dataset.rows
+        if isinstance(rows, ParquetRows):
+            return WindowSampler(rows, self.train_dataset)
+        return super()._get_train_sampler(train_dataset)
+
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """None of those that make the codes: decay would shrink the codes that are not chosen."""
         names = super().get_decay_parameter_names(model)
         return [name for name in names if "quantize.embedding" not in name and "codebook_state" not in name]
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
-        """One optimizer, so that one checkpoint and one schedule hold both: the discriminator's group has its own rate,
-        betas (0.5, 0.9) and no weight decay."""
-        discriminator = self.model.discriminator
-        if self.optimizer is None and discriminator is not None:
+        """One optimizer, so that one checkpoint and one schedule hold all: the discriminator's group has its own rate,
+        betas (0.5, 0.9) and no weight decay; with Muon, the matrices of the tokenizer are apart."""
+        if self.optimizer is None:
+            vq, discriminator = self.model.vq, self.model.discriminator
+            matrices = []
+            if self.args.matrix_optimizer == "muon":
+                matrices = [weight for weight in kernels(vq.encoder) + kernels(vq.decoder) if weight.requires_grad]
+            apart = {id(weight) for weight in matrices}
             decayed = set(self.get_decay_parameter_names(self.model))
             groups = {True: [], False: []}
             for name, parameter in self.model.named_parameters():
-                if parameter.requires_grad and not name.startswith("discriminator."):
+                if parameter.requires_grad and not name.startswith("discriminator.") and id(parameter) not in apart:
                     groups[name in decayed].append(parameter)
+            rest = [
+                {"params": groups[True], "weight_decay": self.args.weight_decay},
+                {"params": groups[False], "weight_decay": 0.0},
+            ]
+            if discriminator is not None:
+                own = {"lr": self.args.discriminator_learning_rate, "betas": (0.5, 0.9), "weight_decay": 0.0}
+                rest.append({"params": list(discriminator.parameters()), **own})
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            self.optimizer = kind(
-                [
-                    {"params": groups[True], "weight_decay": self.args.weight_decay},
-                    {"params": groups[False], "weight_decay": 0.0},
-                    {
-                        "params": list(discriminator.parameters()),
-                        "weight_decay": 0.0,
-                        "lr": self.args.discriminator_learning_rate,
-                        "betas": (0.5, 0.9),
-                    },
-                ],
-                **options,
-            )
+            if matrices:
+                rate, decay = self.args.learning_rate, self.args.weight_decay
+                self.optimizer = MuonWith(matrices, rest, rate, decay, lambda groups: kind(groups, **options))
+            else:
+                self.optimizer = kind(rest, **options)
         return super().create_optimizer(model)
 
     def _clip_grad_norm(self, model):
@@ -508,9 +527,6 @@ class VQTrainer(Trainer):
             self.terms["discriminator_grad_norm"].append(norm.detach())
         tokenizer = [*self.model.vq.parameters(), *self.model.codebook_state.parameters()]
         return nn.utils.clip_grad_norm_(tokenizer, largest)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Nothing: a run is shared when it is finished, see `push_run`."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         outputs = model(**inputs)
@@ -550,10 +566,9 @@ class VQTrainer(Trainer):
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in meter.compute().items()}
         self.log(metrics)
         if self.is_world_process_zero():
-            path = Path(self.args.output_dir) / "samples" / f"step_{self.state.global_step:06d}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
+            name = f"step_{self.state.global_step:06d}.png"
             pictures = picture_rows(meter.shown)
-            pictures.save(path)
+            save_beside(Path(self.args.output_dir) / "samples", lambda folder: pictures.save(Path(folder) / name))
             track_pictures(self, pictures)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -630,9 +645,15 @@ def train_tokenizer(args: VQTrainingArguments) -> dict[str, float]:
     Raises:
         FileNotFoundError, ValueError: the data, the sizes or the output folder are not usable; nothing was written.
     """
-    checkpoint = checkpoint_to_resume(args)
+    with Run(args) as run:
+        return _train(args, run)
+
+
+def _train(args: VQTrainingArguments, run: Run) -> dict[str, float]:
     data_seed = args.seed if args.data_seed is None else args.data_seed
-    rows, eval_rows = training_and_validation(args.data_path, args.eval_data_path, args.validation_fraction, data_seed)
+    rows, eval_rows = training_and_validation(
+        args.data_path, args.eval_data_path, args.validation_fraction, data_seed, args.streaming
+    )
     for part in (rows, eval_rows):
         require_size(part, args.image_size)
         require_pictures(part)
@@ -645,14 +666,19 @@ def train_tokenizer(args: VQTrainingArguments) -> dict[str, float]:
         eval_dataset=PictureDataset(eval_rows, "none", args.seed),
     )
     trainer.add_callback(LastEvaluationCallback())
-    trainer.train(resume_from_checkpoint=checkpoint)
+    run.begin()
+    run.train(trainer)
     metrics = last_metrics(trainer)
     if trainer.is_world_process_zero():
         shown = [trainer.eval_dataset[row] for row in range(min(64, len(trainer.eval_dataset)))]
         pixels = trainer.data_collator(shown)["pixel_values"]
 
         def save(folder: str) -> None:
-            model.export(folder, pixels)
+            exported = Path(folder) / "exported"  # what an export that is killed leaves beside it goes with `folder`
+            model.export(str(exported), pixels)
+            for file in list(exported.iterdir()):
+                file.rename(Path(folder) / file.name)
+            exported.rmdir()
             if args.decoder_only:
                 batches = torch.utils.data.DataLoader(
                     trainer.eval_dataset, args.per_device_eval_batch_size, collate_fn=trainer.data_collator
