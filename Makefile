@@ -17,7 +17,7 @@ test-slow: $(INSTALLED)  ## run the slow tests, some of which need the network
 	$(VENV)/bin/python -m pytest -m slow
 
 conformance: $(VENV)/.conformance  ## run transformers' own tests of models on ours; fetches them the first time
-	RUN_SLOW=1 $(VENV)/bin/python -m pytest -m '' tests/conformance/conformance_*.py
+	RUN_SLOW=1 PYTHONPATH=tests/conformance $(VENV)/bin/python -m pytest -p upstream -m '' tests/conformance/conformance_*.py
 
 fuzz: $(INSTALLED)  ## run the fuzz tests with ten thousand cases each
 	HYPOTHESIS_PROFILE=thorough $(VENV)/bin/python -m pytest tests/reliability/test_fuzz_*.py

@@ -94,18 +94,26 @@ class UniTokPreTrainedModel(PreTrainedModel):
         """As transformers does, from safetensors alone: a pickle is never opened, nor a file outside of the folder.
 
         Raises:
-            ValueError: the configuration or the weights are malformed, do not fit together, or are not finite.
+            ValueError: the configuration or the weights are malformed, do not fit together, or are not finite; or the image
+                tokenizer lacks some, whose codes would then mean nothing.
             OSError: there are none.
         """
-        where = pretrained_model_name_or_path
+        where, with_info = pretrained_model_name_or_path, kwargs.pop("output_loading_info", False)
+        if torch.get_default_device().type == "meta":
+            return super().from_pretrained(where, *args, **kwargs)  # which says why that cannot be
         with refused_in_words(f"the model in {where} cannot be loaded"):
             if where is not None:
                 require_own_shards(Path(where) / (kwargs.get("subfolder") or "") / "model.safetensors.index.json")
-            loaded = super().from_pretrained(where, *args, **{"use_safetensors": True} | kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
+            kwargs = {"use_safetensors": True, "output_loading_info": True} | kwargs
+            model, info = super().from_pretrained(where, *args, **kwargs)
+        missing = sorted(name for name in info["missing_keys"] if "vqmodel." in name)
+        if missing and where is not None:
+            raise ValueError(
+                f"the model in {where} has no {missing[0]}, and {len(missing)} such weights are missing in all"
+            )
         if where is not None and not hasattr(model, "hf_quantizer"):
             require_finite(model, f"the weights in {where} are of no use")
-        return loaded
+        return (model, info) if with_info else model
 
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs):

@@ -11,7 +11,7 @@ import unittest
 
 import torch
 import torch.nn.functional as F
-from transformers import LlamaConfig, NanoChatConfig
+from transformers import NanoChatConfig
 from transformers.testing_utils import torch_device
 from transformers_tests import test_modeling_common
 from transformers_tests.generation.test_utils import GenerationTesterMixin
@@ -38,7 +38,6 @@ class UniTokModelTester:
     """
 
     causal_lm_class = UniTokForConditionalGeneration
-    text_config_class = NanoChatConfig
     with_pictures = True
 
     def __init__(self, parent):
@@ -51,7 +50,7 @@ class UniTokModelTester:
         self.seq_length = 10
 
     def get_config(self) -> UniTokConfig:
-        text_config = self.text_config_class(
+        text_config = NanoChatConfig(
             hidden_size=self.hidden_size,
             intermediate_size=64,
             num_hidden_layers=self.num_hidden_layers,
@@ -93,9 +92,6 @@ class UniTokModelTest(ModelTesterMixin, GenerationTesterMixin, TrainingTesterMix
 
     all_model_classes = (UniTokModel, UniTokForConditionalGeneration)
     additional_model_inputs = ["pixel_values"]
-    test_can_init_all_missing_weights_before_2023 = (
-        True  # our files carry no year, which they would take for an old one
-    )
     _is_composite = True
     model_tester = None  # set below; TrainingTesterMixin wants it in the class
 
@@ -145,11 +141,13 @@ class UniTokModelTest(ModelTesterMixin, GenerationTesterMixin, TrainingTesterMix
                     dispatched = {part.config._attn_implementation for part in layers if hasattr(part, "config")}
                     self.assertEqual(dispatched, {asked})
 
+    @unittest.skip("an image tokenizer whose weights are missing is refused: its codes would mean nothing")
     def test_can_init_all_missing_weights(self):
-        """Around Llama. NanoChat's attention has a scale of its own for `o_proj`; of classes that are defined elsewhere,
-        transformers passes over modules without weights of their own, and with them over this scale."""
-        self.model_tester.text_config_class = LlamaConfig
-        super().test_can_init_all_missing_weights()
+        pass
+
+    @unittest.skip("it loads a file without any weights, the image tokenizer's among them, which is refused")
+    def test_model_weights_reload_no_missing_tied_weights(self):
+        pass
 
     def test_inputs_embeds(self):
         """Of streams whose pictures are codes already: pictures fill placeholders among ids, and are refused without."""

@@ -6,6 +6,8 @@
 - fetched once for each version, by pip; afterwards no network is needed
 - the distribution ships the mixins, but not every module they import: those get stand-ins, which hold the names that are
   imported and nothing to run. A module that a later version ships is used as it is
+- a plugin of pytest, named on the command line: a conftest.py here would hide the one that all tests import from. The tests are
+  not named `test_*.py`, so that `make test` passes them by
 - nothing of it is committed: `build/` is ignored by git
 """
 
@@ -21,6 +23,15 @@ from PIL import Image
 
 
 FOLDER = Path(__file__).resolve().parents[2] / "build" / "conformance"
+
+MARKS = (
+    "accelerate_tests",
+    "flash_attn_test",
+    "flash_attn_3_test",
+    "flash_attn_4_test",
+    "is_training_test",
+    "torch_compile_test",
+)
 
 # What the shipped modules import from where, and what stands in for it.
 STAND_INS = {
@@ -68,3 +79,14 @@ def make_importable() -> None:
     folder = str(unpacked(transformers.__version__))
     if folder not in sys.path:
         sys.path.append(folder)
+
+
+def pytest_configure(config):
+    """As a plugin, `-p upstream`: their marks are known."""
+    for mark in MARKS:
+        config.addinivalue_line("markers", f"{mark}: of transformers")
+
+
+def pytest_pycollect_makemodule(module_path, parent):
+    """Nothing is fetched before a test is collected."""
+    make_importable()
