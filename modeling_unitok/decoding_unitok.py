@@ -32,6 +32,7 @@ from .grammar_unitok import ImageGrammar, PerModality, image_progress
 
 
 TOGETHER = 64  # prompts up to this length are read in one call with the context of the unconditional branch
+Generators = torch.Generator | list[torch.Generator] | None
 DENSE_MASKS = ("sdpa", "eager")  # kinds of attention whose mask is a tensor (R, 1, 1, T)
 
 
@@ -40,22 +41,17 @@ def positions(attention_mask: torch.Tensor) -> torch.LongTensor:
     return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
 
 
-Generators = torch.Generator | list[torch.Generator] | None
-
-
 def random_levels(rows: int, generator: Generators, device: torch.device) -> torch.FloatTensor:
     """A number in [0, 1) per row (B, 1): of one generator, of the global one, or of each row's own."""
-    if isinstance(generator, list):
+    if isinstance(generator, (list, tuple)):
         return torch.cat([torch.rand(1, 1, device=device, generator=own) for own in generator])
     return torch.rand(rows, 1, device=device, generator=generator)
 
 
 def require_generators(generator: Generators, rows: int) -> None:
     """Raises ValueError unless a list of generators has one for each row."""
-    if isinstance(generator, list) and len(generator) != rows:
-        raise ValueError(
-            f"{len(generator)} generators for {rows} rows; pass one, or one for each row that is returned"
-        )
+    if isinstance(generator, (list, tuple)) and len(generator) != rows:
+        raise ValueError(f"{len(generator)} generators for {rows} rows; pass one, or one for each row that is drawn")
 
 
 def select(scores: torch.FloatTensor, do_sample: bool, generator: Generators) -> torch.LongTensor:
@@ -482,7 +478,7 @@ def decode(
             continue
         if spans and all(codes == n for codes in going):
             chosen = torch.full_like(stream[:, 0], vocabulary.image_end)
-            if isinstance(drawing.generator, list):  # a number per token, whether or not there is a choice
+            if isinstance(drawing.generator, (list, tuple)):  # a number per token, whether or not there is a choice
                 random_levels(rows, drawing.generator, chosen.device)
         else:
             logits = model.softcap(model.lm_head(branches.hidden[:rows])).float()  # (B, V)

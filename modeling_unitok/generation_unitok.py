@@ -103,8 +103,8 @@ class UniTokGenerationMixin:
                 compiled at the first call, and anew for other batch sizes and, in steps of 32, other lengths.
             num_candidates: in "image" mode, draw so many pictures per prompt and keep the best `num_return_sequences` of
                 them, after which the model finds the prompt likeliest, best first; see `scoring_unitok`.
-            generator: source of randomness, or one for each row that is returned, which then depends on no other row; the
-                global one when not given.
+            generator: source of randomness, or one for each row that is drawn (B · num_return_sequences, or B ·
+                num_candidates), which then depends on no other row; the global one when not given.
             generation_config, logits_processor, streamer, **kwargs: as `GenerationMixin.generate`; when neither
                 `max_new_tokens` nor `max_length` is given, one image and 64 tokens of text fit.
 

@@ -21,6 +21,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPI
 
 
 MIXED = ("auto", "interleaved")
+HUB_OPTIONS = (
+    "revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder", "trust_remote_code"
+)  # fmt: skip
 
 
 class UniTokAnyToAnyPipeline(AnyToAnyPipeline):
@@ -80,22 +83,24 @@ class UniTokPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike, torch_dtype: torch.dtype | None = None, **kwargs
+        cls, pretrained_model_name_or_path: str | os.PathLike, dtype: torch.dtype | str = "auto", **kwargs
     ) -> "UniTokPipeline":
         """The pipeline of a saved model.
 
         Args:
             pretrained_model_name_or_path: a folder, or a repository on the Hub, as `AutoModel.from_pretrained` takes it.
-            torch_dtype: of the language model's weights; by default as they were saved.
-            **kwargs: `revision`, `token`, `cache_dir`, `local_files_only` and the like, for model and processor.
+            dtype: of the language model's weights; by default as they were saved. `torch_dtype` means the same.
+            **kwargs: `revision`, `token`, `cache_dir`, `local_files_only` and the like, for model and processor; others are
+                for the model.
 
         Raises:
             OSError: there is no model or no processor.
         """
-        dtype = {} if torch_dtype is None else {"dtype": torch_dtype}
+        dtype = kwargs.pop("torch_dtype", dtype)
+        where = {name: value for name, value in kwargs.items() if name in HUB_OPTIONS}
         return cls(
-            AutoModel.from_pretrained(pretrained_model_name_or_path, **dtype, **kwargs),
-            AutoProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs),
+            AutoModel.from_pretrained(pretrained_model_name_or_path, dtype=dtype, **kwargs),
+            AutoProcessor.from_pretrained(pretrained_model_name_or_path, **where),
         )
 
     @torch.no_grad()

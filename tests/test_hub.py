@@ -190,6 +190,8 @@ assert torch.equal(codes, wanted["codes"])
 assert type(diffusers.AutoModel.from_pretrained(repo + "-vq")) is diffusers.VQModel
 load_all(repo + "-pipe")
 pipe = UniTokPipeline.from_pretrained(repo + "-pipe", torch_dtype=torch.float32)
+pipe.save_pretrained("again")
+UniTokPipeline.from_pretrained("again", dtype=torch.bfloat16).save_pretrained("once more")
 require_equal(pipe.model, pipe.processor)
 """
 )
@@ -272,9 +274,11 @@ def test_a_card_is_made_again_for_its_repository_unless_somebody_wrote_it(vq_mod
     assert f'from_pretrained("{tmp_path}")' in (tmp_path / "README.md").read_text()
     shared = files_to_share(tmp_path, "me/tokenizer", None)["README.md"].decode()
     assert 'from_pretrained("me/tokenizer")' in shared and "| psnr | 20.5 |" in shared and str(tmp_path) not in shared
-    (tmp_path / "README.md").write_text("mine")
+    (tmp_path / "README.md").write_text(f'mine: from_pretrained("{tmp_path}")')
     write_card(tmp_path)
-    assert files_to_share(tmp_path, "me/tokenizer", None)["README.md"].read_text() == "mine"
+    assert str(tmp_path) in (tmp_path / "README.md").read_text()
+    shared = files_to_share(tmp_path, "me/tokenizer", None)["README.md"].decode()
+    assert shared == 'mine: from_pretrained("me/tokenizer")'
 
 
 def test_code_is_added_to_a_saved_model_only(tmp_path, released):

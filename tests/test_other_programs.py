@@ -17,6 +17,7 @@ import pytest
 import torch
 from conftest import ROOT, run_program
 from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
 
 from unitok_hf.processing.processing_unitok import PLAIN_CHAT_TEMPLATE
 from unitok_hf.training.export import ExportArguments, export
@@ -85,6 +86,35 @@ def test_onnxruntime_gives_the_same_codes_and_pictures(of_a_model, checkpoint, m
         assert torch.allclose(torch.from_numpy(decoded), expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("to", ["text_model", "onnx"])
+def test_an_export_that_computes_something_else_is_not_left_there(to, checkpoint, monkeypatch, tmp_path):
+    from unitok_hf.training import export as module
+
+    right = module.plain_text_model
+
+    def wrong(model):
+        text_model = right(model)
+        with torch.no_grad():
+            text_model.get_output_embeddings().weight[5] += 1
+        return text_model
+
+    monkeypatch.setattr(module, "plain_text_model", wrong)
+    monkeypatch.setattr(
+        module.Encoder, "forward", lambda self, pixels: self.vq_model.encode(pixels).latents.argmin(dim=1)
+    )
+    with pytest.raises(ValueError, match="nothing was exported"):
+        export(ExportArguments(str(checkpoint), str(tmp_path / "new"), to=to))
+    assert not list((tmp_path / "new").iterdir())
+
+
+@torch.no_grad()
+def test_a_model_in_bf16_is_exported(model, processor, tmp_path):
+    model.bfloat16().save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    export(ExportArguments(str(tmp_path / "model"), str(tmp_path / "plain")))
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "plain").dtype == torch.bfloat16
+
+
 def test_what_cannot_be_exported_is_refused(checkpoint, vq_model, tmp_path):
     vq_model.save_pretrained(tmp_path / "tokenizer")
     for source, target, message in (
@@ -136,7 +166,7 @@ def ask(url: str, content: str | list[dict], **options) -> str:
     return urllib.request.urlopen(request).read().decode()
 
 
-def test_chats_with_text_and_pictures_are_answered(server, model, processor, pictures):
+def test_chats_with_text_and_pictures_are_answered(server, checkpoint, model, processor, pictures):
     buffer = io.BytesIO()
     pictures[0].save(buffer, "PNG")
     image = {"url": "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()}
@@ -150,7 +180,8 @@ def test_chats_with_text_and_pictures_are_answered(server, model, processor, pic
         ids = model.generate(**inputs, max_new_tokens=6, do_sample=False)[:, inputs["input_ids"].shape[1] :]
         [expected] = processor.batch_decode(ids, skip_special_tokens=True)
         assert json.loads(ask(server, content))["choices"][0]["message"]["content"] == expected
-        chunks = re.findall(r"^data: (\{.*)", ask(server, content, stream=True), flags=re.MULTILINE)
+        chunks = ask(server, content, stream=True, model=str(checkpoint))
+        chunks = re.findall(r"^data: (\{.*)", chunks, flags=re.MULTILINE)
         words = [json.loads(chunk)["choices"][0]["delta"].get("content", "") for chunk in chunks]
         assert "".join(words) == expected
 

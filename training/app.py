@@ -139,10 +139,10 @@ def read(
 ) -> tuple[str, Image.Image]:
     """The caption of a picture, "" if the model writes none, and the picture that its codes stand for."""
     inputs = processor(images=picture, text="", return_tensors="pt").to(model.device)
-    sampling = {"temperature": temperature, "top_k": 0} if temperature > 0 else {}
-    ids = model.generate(
-        **inputs, generation_mode="text", do_sample=temperature > 0, generator=_generator(model, seed), **sampling
-    )  # (1, L + caption)
+    sampling = {}
+    if temperature > 0:
+        sampling = {"temperature": temperature, "top_k": 0, "generator": _generator(model, seed)}
+    ids = model.generate(**inputs, generation_mode="text", do_sample=temperature > 0, **sampling)  # (1, L + caption)
     caption = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0].strip()
     codes = model.get_image_tokens(inputs["pixel_values"])
     return caption, to_pictures(model.decode_image_tokens(codes))[0]

@@ -61,8 +61,8 @@ def count_parameters(folder: Path, prefix: str = "") -> str:
     return f"{total / 1e6:.1f} M"
 
 
-def gallery(folder: Path) -> dict[str, tuple[str, Image.Image]]:
-    """Name of a file, prompt and picture, of the newest drawings."""
+def gallery(folder: Path) -> dict[str, tuple[str, bytes]]:
+    """Name of a file, prompt and PNG, of the newest drawings."""
     sheets = sorted((folder / "samples").glob("step_*.png"))
     prompts = folder / "samples" / "prompts.json"
     if not sheets or not prompts.is_file():
@@ -73,7 +73,9 @@ def gallery(folder: Path) -> dict[str, tuple[str, Image.Image]]:
     for number, text in enumerate(texts):
         picture = sheet.crop((number * side, 0, (number + 1) * side, side))
         picture = picture.resize((GALLERY_SCALE * side,) * 2, Image.Resampling.NEAREST)
-        pictures[f"samples/{number}.png"] = (text, picture)
+        with io.BytesIO() as buffer:
+            picture.save(buffer, "PNG")
+            pictures[f"samples/{number}.png"] = (text, buffer.getvalue())
     return pictures
 
 
@@ -96,9 +98,7 @@ def write_card(folder: str | Path, measures: dict[str, float] | None = None) -> 
         write_beside(folder / "eval_results.json", json.dumps(results, indent=4, sort_keys=True).encode())
     if is_ours(folder):
         for name, (_, picture) in gallery(folder).items():
-            with io.BytesIO() as buffer:
-                picture.save(buffer, "PNG")
-                write_beside(folder / name, buffer.getvalue())
+            write_beside(folder / name, picture)
         write_beside(folder / "README.md", card(folder, str(folder)).encode())
 
 

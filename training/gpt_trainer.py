@@ -177,6 +177,8 @@ class GPTTrainingArguments(TrainingArguments):
             raise ValueError("--model_path brings its own text tokenizer; leave --text_tokenizer_path out")
         if self.model_path is not None and not self.use_visual_tokens:
             raise ValueError("--model_path is for models that draw; leave --use_visual_tokens false out")
+        if self.push_to_hub and not self.use_visual_tokens:
+            raise ValueError("--push_to_hub is for models that draw; leave it out with --use_visual_tokens false")
         if self.streaming and not self.use_visual_tokens:
             raise ValueError("--streaming is for pictures and text; leave it out with --use_visual_tokens false")
         if self.use_visual_tokens and self.visual_tokenizer_path is None and self.model_path is None:
@@ -238,6 +240,11 @@ class StreamTrainer(RunTrainer):
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
+        if self.is_fsdp_enabled:
+            raise ValueError(
+                "FSDP splits the model, which this training evaluates, draws with and saves on one process; "
+                "use configs/accelerate-ddp.yaml, or FSDP in a loop of your own"
+            )
         self.counted: list[torch.Tensor] = []  # what `count` found in each batch since the last log line
 
     def _get_train_sampler(self, train_dataset: StreamDataset | None = None) -> torch.utils.data.Sampler:

@@ -9,7 +9,6 @@ what is missing. Checkpoints, optimizer states and arguments of the run stay at 
 README.md that somebody has written goes as it is.
 """
 
-import io
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,12 +70,12 @@ def files_to_share(folder: Path, repo: str, license: str | None) -> dict[str, Pa
         raise FileNotFoundError(f"no weights in {folder}; pickles are not shared")
     if is_ours(folder):
         found["README.md"] = card(folder, repo, license).encode()
+    else:  # written on from the card that training left, which calls the model by its folder
+        text = found["README.md"].read_text(encoding="utf-8")
+        found["README.md"] = text.replace(f'from_pretrained("{folder}")', f'from_pretrained("{repo}")').encode()
     if kind == UniTokConfig.model_type:
         found |= remote_code(folder)
-        for name, (_, picture) in gallery(folder).items():
-            buffer = io.BytesIO()
-            picture.save(buffer, "PNG")
-            found[name] = buffer.getvalue()
+        found |= {name: picture for name, (_, picture) in gallery(folder).items()}
     return found
 
 

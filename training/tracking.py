@@ -36,9 +36,14 @@ def track_pictures(trainer: Trainer, pictures: Image.Image) -> None:
 
 
 def last_metrics(trainer: Trainer) -> dict[str, float]:
-    """Metrics of the weights that training ended with: those of the evaluation at the last step, or of one made now."""
-    logs = trainer.state.log_history
-    found = [log for log in logs if log["step"] == trainer.state.global_step and any("eval_" in name for name in log)]
-    if trainer.args.load_best_model_at_end or not found:
+    """Metrics of the weights that training ended with: those of their evaluation in the log, or of one made now.
+
+    An evaluation after training would open another run of the trackers, which have closed theirs.
+    """
+    best = trainer.state.best_global_step if trainer.args.load_best_model_at_end else None
+    step = trainer.state.global_step if best is None else best
+    logs = [log for log in trainer.state.log_history if log["step"] == step]
+    found = [log for log in logs if any(name.startswith("eval_") for name in log)]
+    if not found:
         return trainer.evaluate()
     return {name: value for name, value in found[-1].items() if name != "step"}
