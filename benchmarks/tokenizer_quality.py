@@ -4,9 +4,10 @@ pip install vector-quantize-pytorch
 python benchmarks/tokenizer_quality.py --data_path emoji64.parquet --group_column group --minutes 10 --seeds 0 1 2
 
 Every method trains the inner network of `configs/vq-64.yaml` from scratch for the same time on the same rows, with the same
-optimizer, schedule, batches and order of pictures; what differs is the quantizer with its start, the losses, and that ours
-sees every other picture mirrored, as the preset says. All are measured on rows of unseen groups. The number of steps is set beforehand from the measured speed of each method, so that
-every run ends its own learning-rate schedule and a disturbed machine cannot change a result.
+rates, schedule, batches and order of pictures; what differs is the quantizer with its start, the losses, and that ours has
+Muon for the matrices, as the preset says, and sees every other picture mirrored. All are measured on rows of unseen groups.
+The number of steps is set beforehand from the measured speed of each method, so that every run ends its own learning-rate
+schedule and a disturbed machine cannot change a result.
 
 - ours: `unitok-hf train-tokenizer` with its defaults
 - diffusers: stock `VQModel.forward`, mean squared error + its own commitment loss

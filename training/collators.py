@@ -184,18 +184,15 @@ def with_text_alone(rows: datasets.Dataset, text_column: str) -> datasets.Datase
     return rows
 
 
-def null_count(rows: datasets.Dataset | ParquetRows, name: str) -> int:
-    """Rows of which a column is missing."""
-    return rows.null_count(name) if isinstance(rows, ParquetRows) else rows.data.column(name).null_count
-
-
 def require_pictures(rows: datasets.Dataset) -> None:
     """Raises ValueError if a row has no picture, or lists of them."""
     if "image" not in rows.column_names:
         raise ValueError(
             f"a tokenizer needs a picture in every row, but the columns are {', '.join(rows.column_names)}"
         )
-    missing = null_count(rows, "image")
+    if isinstance(rows, ParquetRows):  # which would be read in full; a row without a picture is refused when it comes
+        return
+    missing = rows.data.column("image").null_count
     if missing:
         raise ValueError(f"{missing} rows of the data have no picture; a tokenizer needs one in every row")
 
@@ -248,8 +245,14 @@ class EpochCallback(TrainerCallback):
 class PictureDataset(EpochDataset):
     """Rows to pixels (3, H, W) in [-1, 1]."""
 
+    def __init__(self, rows: datasets.Dataset | ParquetRows, augment: str, seed: int):
+        super().__init__(rows.select_columns("image"), augment, seed)
+
     def __getitem__(self, index: int) -> torch.Tensor:
-        return self.augmentation(to_pixels(self.row(index)["image"]), self.generator(index))
+        picture = self.row(index)["image"]
+        if picture is None:
+            raise ValueError(f"row {index} of the data has no picture; a tokenizer needs one in every row")
+        return self.augmentation(to_pixels(picture), self.generator(index))
 
 
 def require_one_size(pixels: list[torch.Tensor]) -> None:

@@ -85,7 +85,9 @@ class GPTTrainingArguments(TrainingArguments):
     )
     streaming: bool = field(
         default=False,
-        metadata={"help": "Read Parquet as needed, for data larger than memory; rows are shuffled within windows."},
+        metadata={
+            "help": "Read Parquet as needed, for data larger than memory; shuffled within windows, not grouped by length."
+        },
     )
     text_column: str = field(default="text", metadata={"help": "Column of the captions."})
     use_visual_tokens: bool = field(default=True, metadata={"help": "False trains the text model alone."})
@@ -179,6 +181,10 @@ class GPTTrainingArguments(TrainingArguments):
             raise ValueError("--model_path is for models that draw; leave --use_visual_tokens false out")
         if self.push_to_hub and not self.use_visual_tokens:
             raise ValueError("--push_to_hub is for models that draw; leave it out with --use_visual_tokens false")
+        if self.streaming and self.train_sampling_strategy == "sequential":
+            raise ValueError(
+                "--streaming shuffles rows within windows; leave --train_sampling_strategy sequential out"
+            )
         if self.streaming and not self.use_visual_tokens:
             raise ValueError("--streaming is for pictures and text; leave it out with --use_visual_tokens false")
         if self.use_visual_tokens and self.visual_tokenizer_path is None and self.model_path is None:
@@ -240,11 +246,6 @@ class StreamTrainer(RunTrainer):
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
-        if self.is_fsdp_enabled:
-            raise ValueError(
-                "FSDP splits the model, which this training evaluates, draws with and saves on one process; "
-                "use configs/accelerate-ddp.yaml, or FSDP in a loop of your own"
-            )
         self.counted: list[torch.Tensor] = []  # what `count` found in each batch since the last log line
 
     def _get_train_sampler(self, train_dataset: StreamDataset | None = None) -> torch.utils.data.Sampler:

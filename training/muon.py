@@ -71,6 +71,8 @@ class MuonWith(torch.optim.Optimizer):
         for part, groups in ((self.muon, self.param_groups[:1]), (self.other, self.param_groups[1:])):
             part.param_groups, part.state = groups, self.state
             part.step()
+        for matrix in self.views.values():
+            matrix.grad = None
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:

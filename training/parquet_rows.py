@@ -9,7 +9,8 @@
   which take their batches from it in turn, so that no row is lost or comes twice, and a run is resumed at any batch
 - rows that lie together in the files meet more often than by chance; files whose rows are in random order forgive that
 
-The files' row groups should be small (those of `prepare-data` have a hundred rows): a group is what is read at once.
+The files' row groups should be small (those of `prepare-data` have at most 256 rows): a group is what is read at once, by each
+process and each worker, which keep `memory` each.
 """
 
 from bisect import bisect_right
@@ -24,6 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from ..configuration.refusal_unitok import refused_in_words
 from .stored_pictures import guarded
 
 
@@ -56,7 +58,8 @@ class ParquetRows:
                 metadata, schema = pq.read_metadata(file), pq.read_schema(file)
             except pa.ArrowInvalid as error:
                 raise ValueError(f"{file} is no Parquet file: {error}") from error
-            features = datasets.Features(guarded(datasets.Features.from_arrow_schema(schema)))
+            with refused_in_words(f"{file} has no columns that can be read"):
+                features = datasets.Features(guarded(datasets.Features.from_arrow_schema(schema)))
             if number == 0:
                 self.features = features if columns is None else datasets.Features({c: features[c] for c in columns})
             elif any(features.get(name) != kind for name, kind in self.features.items()):
@@ -129,11 +132,6 @@ class ParquetRows:
         for number in range(len(alone.places)):
             for row in alone.group(number).to_pylist():
                 yield alone.features.decode_example(row)[name]
-
-    def null_count(self, name: str) -> int:
-        """Rows of which a column is missing; the column is read, unless it has statistics."""
-        alone = self.select_columns(name)
-        return sum(alone.group(number).column(name).null_count for number in range(len(alone.places)))
 
 
 class WindowSampler(torch.utils.data.Sampler):

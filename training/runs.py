@@ -9,13 +9,13 @@ output_dir/
 A process may be killed at any moment, a disk may be full. Nothing half done is ever taken for done:
 
 - what is not finished is in a hidden folder `.saving-…` beside its place, and is moved there as the last act (`folder_beside`).
-  That folder is locked as long as its process lives; the next one removes those that nobody holds
+  That folder is locked as long as its process lives; the next one on the same host removes those that nobody holds
 - a checkpoint is whole when its manifest and, written last, `trainer_state.json` are there, and every file of the manifest is
   as long as it says. Others are passed over, named and removed; this also covers what was being deleted
 - the command of a run that is not finished continues it, if its arguments and the number of processes are the same. One
   process at a time: the folder is locked, too
 
-SIGTERM and SIGINT end a run after the step at hand with a checkpoint; a second one ends it at once. transformers'
+SIGTERM and SIGINT end a run after the step at hand with a checkpoint; a second one, seconds later, ends it at once. transformers'
 `enable_jit_checkpoint` is not used: it knows SIGTERM alone, waits three seconds, saves before a step is over, and returns as
 if training had ended.
 """
@@ -23,13 +23,17 @@ if training had ended.
 import json
 import logging
 import os
+import platform
+import re
 import secrets
 import shutil
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -51,6 +55,10 @@ RUN = "run.json"
 MANIFEST = "manifest.json"
 STATE = "trainer_state.json"
 BESIDE = ".saving-"
+HOST = re.sub(
+    r"\W", "_", platform.node()
+)  # locks hold within a host: on a shared disk, each removes its own leftovers
+IMPATIENCE = 2.0  # seconds after which a second signal ends a run at once
 NOT_COMPARED = {"output_dir", "resume_from_checkpoint", "local_rank"}
 
 
@@ -169,7 +177,7 @@ class Run:
         if not (self.folder / RUN).is_file() or self.args.save_only_model:
             return
         for folder in checkpoints(self.folder):
-            if not is_whole(folder) and str(folder) != self.checkpoint:
+            if not is_whole(folder) and folder.resolve() != Path(self.checkpoint or "").resolve():
                 logger.warning("%s is incomplete: it is passed over, and removed", folder)
                 shutil.rmtree(folder)
         if self.checkpoint is not None and self.checkpoint == str(last_checkpoint(self.folder)):
@@ -194,12 +202,12 @@ class LeaveCallback(TrainerCallback):
     """Ends training after the step in which a signal comes, with a checkpoint. Every process of a run learns of it."""
 
     def __init__(self):
-        self.signal = 0
+        self.signal, self.since = 0, 0.0
         self.leaving = False
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Signals are only noted inside; the second one acts as it would without us."""
+        """Signals are only noted inside; one that comes seconds after the first acts as it would without us."""
         if threading.current_thread() is not threading.main_thread():  # the only one that can
             yield
             return
@@ -210,8 +218,11 @@ class LeaveCallback(TrainerCallback):
                 signal.signal(number, handler)
 
         def note(number: int, frame) -> None:
-            self.signal = number
-            restore()
+            if self.signal and time.monotonic() - self.since > IMPATIENCE:
+                restore()
+                os.kill(os.getpid(), number)
+            elif not self.signal:  # launchers that were signalled themselves send it once more
+                self.signal, self.since = number, time.monotonic()
 
         for number in before:
             signal.signal(number, note)
@@ -243,7 +254,25 @@ class LeaveCallback(TrainerCallback):
 
 
 class RunTrainer(Trainer):
-    """`transformers.Trainer` whose checkpoints say whether they are whole, and which shares a run only when finished."""
+    """`transformers.Trainer` whose checkpoints say whether they are whole, and which shares a run only when finished.
+
+    Raises:
+        ValueError: FSDP is asked for.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if self.is_fsdp_enabled:
+            raise ValueError(
+                "FSDP splits the model, which this training evaluates, draws with and saves on one process; "
+                "use configs/accelerate-ddp.yaml, or FSDP in a loop of your own"
+            )
+
+    def get_train_dataloader(self) -> torch.utils.data.DataLoader:
+        """Its workers outlive a signal to the whole process group: the step at hand needs them."""
+        loader = super().get_train_dataloader()
+        loader.worker_init_fn = partial(start_worker, loader.worker_init_fn)
+        return loader
 
     def _save_checkpoint(self, model, trial) -> None:
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
@@ -268,6 +297,14 @@ class RunTrainer(Trainer):
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Nothing: a run is shared when it is finished, see `push_run`."""
+
+
+def start_worker(also: Callable[[int], None] | None, worker: int) -> None:
+    """Begin a worker of a data loader: signals are for its parent, which ends it."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    if also is not None:
+        also(worker)
 
 
 def require_finite(terms: dict[str, torch.Tensor], step: int, output_dir: str) -> None:
@@ -360,10 +397,10 @@ if fcntl is not None:  # a worker of a data loader may outlive us by seconds: it
 
 def remove_leftovers(parent: Path) -> None:
     """Remove the hidden folders of `folder_beside` whose process is dead."""
-    for left in parent.glob(f"{BESIDE}*"):
+    for left in parent.glob(f"{BESIDE}{HOST}-*"):
         with suppress(FileNotFoundError), locked(left) as ours:
             if ours:
-                shutil.rmtree(left)
+                shutil.rmtree(left, ignore_errors=True)
 
 
 @contextmanager
@@ -377,7 +414,7 @@ def folder_beside(parent: str | Path) -> Iterator[Path]:
     parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(parent)
     while True:
-        beside = parent / f"{BESIDE}{secrets.token_hex(4)}"
+        beside = parent / f"{BESIDE}{HOST}-{secrets.token_hex(4)}"
         beside.mkdir()
         with ExitStack() as held:
             try:

@@ -200,6 +200,10 @@ class VQTrainingArguments(TrainingArguments):
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"--{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        if self.fp16 and self.matrix_optimizer == "muon":
+            raise ValueError(
+                "--matrix_optimizer muon sees gradients that fp16 has scaled; take --bf16, or leave it out"
+            )
         if not 0 <= self.continuous_fraction < 1:
             raise ValueError(f"--continuous_fraction must lie in [0, 1), got {self.continuous_fraction}")
         continuous = 0 if self.decoder_only else self.continuous_fraction

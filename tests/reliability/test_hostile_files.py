@@ -300,6 +300,7 @@ def test_code_of_a_repository_is_not_run_without_the_flag(hub, tmp_path):
     assert not (tmp_path / "code").exists()
 
 
+@pytest.mark.slow
 def test_code_of_a_repository_would_be_run_with_the_flag(hub, tmp_path):
     """The other half of the proof: the code that the test above looks for is there and would leave its mark."""
     load(hub, tmp_path, tmp_path / "code", "model,me/evil,flag")

@@ -38,6 +38,7 @@ def test_whatever_a_kill_interrupts_the_next_start_finishes(arena, command):
     assert sum(trial.killed for trial in found) >= 2
 
 
+@pytest.mark.slow
 def test_one_of_two_processes_is_killed_and_both_go_on(arena):
     command = "train-tokenizer, one of two"
     arena.know(command)

@@ -83,7 +83,7 @@ def test_several_processes_have_the_losses_of_one(trained, kind, processes):
 
 
 @pytest.mark.parametrize("kind", ["tokenizer", "model"])
-@pytest.mark.parametrize("before", [1, 2])
+@pytest.mark.parametrize("before", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_run_goes_on_with_another_number_of_processes(trained, data, tmp_path, kind, before):
     after = 3 - before
     words = {"tokenizer": "train-tokenizer", "model": "train"}[kind]
@@ -95,6 +95,7 @@ def test_a_run_goes_on_with_another_number_of_processes(trained, data, tmp_path,
     assert max(abs(a - b) / a for a, b in zip(expected, found, strict=True)) < 1e-6
 
 
+@pytest.mark.slow
 def test_rows_that_do_not_divide_are_trained_on_to_the_end(trained, data, tmp_path):
     """Sixteen rows in batches of three on two processes: the last step of an epoch is a short one."""
     common = COMMON | {"data_path": data, "eval_data_path": data, "batch_size": 3, "max_steps": 7}
