@@ -13,7 +13,16 @@ import pytest
 from kill_trial import COMMANDS, TWO_RANKS, contents, the_arena
 from transformers import TrainingArguments
 
-from unitok_hf.training.runs import MANIFEST, RUN, Run, checkpoint_to_resume, folder_beside, is_whole, last_checkpoint
+from unitok_hf.training.runs import (
+    HOST,
+    MANIFEST,
+    RUN,
+    Run,
+    checkpoint_to_resume,
+    folder_beside,
+    is_whole,
+    last_checkpoint,
+)
 
 
 @pytest.fixture(scope="module")
@@ -163,13 +172,15 @@ def test_the_number_of_processes_is_one_of_the_arguments(args):
 
 
 def test_what_a_dead_process_left_goes_and_what_a_living_one_has_stays(tmp_path):
-    (tmp_path / ".saving-dead").mkdir()
-    (tmp_path / ".saving-dead/half").write_bytes(b"half")
+    dead, elsewhere = tmp_path / f".saving-{HOST}-dead", tmp_path / ".saving-another_host-1"
+    dead.mkdir()
+    (dead / "half").write_bytes(b"half")
+    elsewhere.mkdir()  # locks do not tell whether its process lives
     with folder_beside(tmp_path) as living:
         with folder_beside(tmp_path) as other:
-            assert sorted(tmp_path.iterdir()) == sorted([living, other])
-        assert list(tmp_path.iterdir()) == [living]
-    assert list(tmp_path.iterdir()) == []
+            assert sorted(tmp_path.iterdir()) == sorted([living, other, elsewhere])
+        assert sorted(tmp_path.iterdir()) == sorted([living, elsewhere])
+    assert list(tmp_path.iterdir()) == [elsewhere]
 
 
 def test_files_that_a_killed_prepare_data_was_moving_are_moved_by_the_next_one(arena):
