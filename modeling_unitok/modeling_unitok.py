@@ -34,7 +34,7 @@ from ..configuration.refusal_unitok import refused_in_words
 from ..configuration.vocabulary_unitok import VisualVocabulary
 from .generation_unitok import UniTokGenerationMixin
 from .loss_unitok import sliced_cross_entropy
-from .modeling_vq import UniTokVQModel, require_finite
+from .modeling_vq import UniTokVQModel, require_finite, require_safetensors
 from .scoring_unitok import UniTokScoringMixin
 
 
@@ -117,11 +117,7 @@ class UniTokPreTrainedModel(PreTrainedModel):
 
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs):
-        for file in checkpoint_files or ():
-            if not str(file).endswith(".safetensors"):
-                raise ValueError(
-                    f"{file} is listed as a part of the weights, but is no safetensors file; it is not opened"
-                )
+        require_safetensors(checkpoint_files or ())
         return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
 
     @torch.no_grad()

@@ -19,7 +19,7 @@ Letters: B batch, H W picture, h w grid, K codes, d code width, N latent vectors
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 
 import torch
@@ -85,6 +85,15 @@ def require_finite(model: nn.Module, consequence: str) -> None:
     for name, tensor in model.state_dict().items():
         if not tensor.is_meta and not tensor.isfinite().all():
             raise ValueError(f"{consequence}: {name} is not finite")
+
+
+def require_safetensors(files: Iterable[str | os.PathLike]) -> None:
+    """Raises ValueError if one of these files of weights is something else, which is not opened."""
+    for file in files:
+        if not str(file).endswith(".safetensors"):
+            raise ValueError(
+                f"{file} is listed as a part of the weights, but is no safetensors file; it is not opened"
+            )
 
 
 def is_range(bounds: object) -> bool:
@@ -287,11 +296,7 @@ class UniTokVQModel(VQModel):
 
     @classmethod
     def _load_pretrained_model(cls, model, state_dict, resolved_model_file, *args, **kwargs):
-        for file in resolved_model_file:
-            if not str(file).endswith(".safetensors"):
-                raise ValueError(
-                    f"{file} is listed as a part of the weights, but is no safetensors file; it is not opened"
-                )
+        require_safetensors(resolved_model_file)
         return super()._load_pretrained_model(model, state_dict, resolved_model_file, *args, **kwargs)
 
     @classmethod

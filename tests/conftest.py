@@ -38,6 +38,7 @@ from unitok_hf.training.gpt_trainer import train_text_tokenizer  # noqa: E402
 
 
 ROOT = Path(__file__).resolve().parent.parent
+CLI = "import sys; from unitok_hf_cli import main; main(sys.argv[1:])"
 TWO_PROCESSES = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 # Runs command lines that come as JSON; when a tokenizer has been trained, each process keeps all that it remembers.
 PER_RANK = """

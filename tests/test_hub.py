@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import CLI
 from huggingface_hub import ModelCard
 from loopback_hub import LoopbackHub
 from safetensors.torch import save_file
@@ -45,9 +46,6 @@ def run(hub: LoopbackHub, home: Path, program: str, *words: object, fails: bool 
     )  # fmt: skip
     assert (result.returncode != 0) == fails, result.stderr
     return result.stderr if fails else result.stdout
-
-
-CLI = "import sys; from unitok_hf_cli import main; main(sys.argv[1:])"
 
 
 @pytest.fixture

@@ -57,18 +57,18 @@ def test_every_row_comes_once_an_epoch_whatever_the_workers(files, workers):
     orders = []
     for data.epoch in (0, 1):
         loader = torch.utils.data.DataLoader(
-            data, 7, sampler=WindowSampler(data.rows, data), num_workers=workers, collate_fn=list
+            data, 7, sampler=WindowSampler(data), num_workers=workers, collate_fn=list
         )
         orders.append([text for batch in loader for text in batch])
         assert sorted(map(str, orders[-1])) == sorted(map(str, data.rows["text"]))
     assert orders[0] != orders[1]
     data.epoch = 0
-    assert [data[index] for index in WindowSampler(data.rows, data)] == orders[0]
+    assert [data[index] for index in WindowSampler(data)] == orders[0]
 
 
 def test_rows_of_different_groups_are_mixed(files):
     data = Numbered(ParquetRows(files, memory=100_000_000))
-    order = np.array(list(WindowSampler(data.rows, data)))
+    order = np.array(list(WindowSampler(data)))
     assert np.corrcoef(order, np.arange(100))[0, 1] < 0.3
     assert len({index // 8 for index in order[:10]}) > 4
 
@@ -79,7 +79,7 @@ def test_a_group_is_read_once_an_epoch_and_few_are_kept(files, monkeypatch):
     stock = pq.ParquetFile.read_row_group
     monkeypatch.setattr(pq.ParquetFile, "read_row_group", lambda self, *a, **k: read.append(a) or stock(self, *a, **k))
     data = Numbered(rows)
-    for index in WindowSampler(rows, data):
+    for index in WindowSampler(data):
         data[index]
         most = max(most, len(rows.kept))
     assert most == rows.window == 3

@@ -8,11 +8,10 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, flags
+from conftest import CLI, ROOT, flags
 from PIL import Image
 
 
-CLI = "import sys; from unitok_hf_cli import main; main(sys.argv[1:])"
 VQ = {"block_out_channels": [32, 32, 32], "latent_channels": 8, "num_vq_embeddings": 32, "continuous_fraction": 0.3}
 GPT = {"depth": 1, "hidden_size": 64, "text_vocab_size": 300}
 

@@ -14,7 +14,7 @@ Gradio is imported when a page is built, so that the command line can be checked
 
 import html
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +27,7 @@ from ..modeling_unitok.modeling_unitok import UniTokForConditionalGeneration
 from ..processing.image_processing_unitok import to_pictures
 from ..processing.pixels import load_rgb
 from ..processing.processing_unitok import UniTokProcessor
-from .generate import load_model, pick_device
+from .generate import load_model, pick_device, require_port
 
 
 if TYPE_CHECKING:
@@ -62,8 +62,8 @@ class AppArguments:
     port: int | None = field(default=None, metadata={"help": "Port. Default: the first that is free from 7860 on."})
 
     def __post_init__(self):
-        if self.port is not None and not 0 < self.port < 65536:
-            raise ValueError(f"--port must be from 1 to 65535, got {self.port}")
+        if self.port is not None:
+            require_port(self.port)
 
 
 def app(args: AppArguments) -> None:
@@ -190,7 +190,6 @@ def build_page(model: UniTokForConditionalGeneration, processor: UniTokProcessor
     rows, columns = model.vocabulary.grid
     height, width = (number * model.model.vqmodel.downsampling for number in model.vocabulary.grid)
     pixels = ["pixels"] if max(height, width) <= SMALL else []
-    one_at_a_time = {"concurrency_id": "model", "concurrency_limit": 1}
 
     @contextmanager
     def told() -> Iterator[None]:
@@ -237,6 +236,19 @@ def build_page(model: UniTokForConditionalGeneration, processor: UniTokProcessor
         note = f"first the picture itself · {made(seed, guidance=guidance_scale, temperature=temperature)}"
         return grid([original, *pictures]), note, seed
 
+    def run(events: list, work: Callable, inputs: list, outputs: list, name: str) -> None:
+        """Have events do the work, one at a time in all; its last result is the seed, for the box before the last."""
+        gr.on(
+            events,
+            work,
+            inputs,
+            [*outputs, inputs[-2]],
+            show_progress_on=outputs[0],
+            api_name=name,
+            concurrency_id="model",
+            concurrency_limit=1,
+        )
+
     def picture_box() -> gr.Image:
         box = gr.Image(
             label="Picture", type="filepath", sources=["upload", "clipboard"], height=240, elem_classes="enlarged"
@@ -281,15 +293,7 @@ def build_page(model: UniTokForConditionalGeneration, processor: UniTokProcessor
                 options = drawing_options(8)
             with gr.Column(scale=3, min_width=300):
                 drawn, note = gallery("drawn"), gr.Markdown(elem_id="drawn-with", elem_classes="made")
-        gr.on(
-            [button.click, prompt.submit],
-            on_draw,
-            [prompt, *options],
-            [drawn, note, options[-2]],
-            show_progress_on=drawn,
-            api_name="draw",
-            **one_at_a_time,
-        )
+        run([button.click, prompt.submit], on_draw, [prompt, *options], [drawn, note], "draw")
 
         with gr.Tab("Read"), gr.Row():
             with gr.Column(scale=2, min_width=300):
@@ -306,14 +310,7 @@ def build_page(model: UniTokForConditionalGeneration, processor: UniTokProcessor
                     elem_classes=["enlarged", *pixels], buttons=["download", "fullscreen"],
                 )  # fmt: skip
                 note = gr.Markdown(elem_id="read-with", elem_classes="made")
-        button.click(
-            on_read,
-            [picture, *options],
-            [caption, seen, note, options[-2]],
-            show_progress_on=caption,
-            api_name="read",
-            **one_at_a_time,
-        )
+        run([button.click], on_read, [picture, *options], [caption, seen, note], "read")
 
         with gr.Tab("Complete"), gr.Row():
             with gr.Column(scale=2, min_width=300):
@@ -323,15 +320,7 @@ def build_page(model: UniTokForConditionalGeneration, processor: UniTokProcessor
                 options = drawing_options(7)
             with gr.Column(scale=3, min_width=300):
                 completed, note = gallery("completed"), gr.Markdown(elem_id="completed-with", elem_classes="made")
-        gr.on(
-            [button.click, prompt.submit],
-            on_complete,
-            [picture, prompt, *options],
-            [completed, note, options[-2]],
-            show_progress_on=completed,
-            api_name="complete",
-            **one_at_a_time,
-        )
+        run([button.click, prompt.submit], on_complete, [picture, prompt, *options], [completed, note], "complete")
     return page
 
 

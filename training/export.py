@@ -20,12 +20,12 @@ from typing import Literal
 import torch
 from huggingface_hub import ModelCard, ModelCardData
 from torch import nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from ..modeling_unitok.modeling_unitok import UniTokForConditionalGeneration
 from ..modeling_unitok.modeling_vq import UniTokVQModel
 from ..processing.processing_unitok import UniTokProcessor
-from .generate import load_model
+from .generate import load_model, read_config
 from .runs import save_beside
 
 
@@ -57,7 +57,7 @@ def export(args: ExportArguments) -> None:
     if out.is_dir() and any(out.iterdir()):
         raise ValueError(f"{out} already holds files; choose another folder")
     if args.to == "onnx":
-        vq_model = load_tokenizer(args.checkpoint)
+        vq_model = tokenizer_of(args.checkpoint)
         save_beside(str(out), lambda folder: export_onnx(vq_model, Path(folder)))
     else:
         model, processor = load_model(args.checkpoint, torch.device("cpu"))
@@ -65,12 +65,10 @@ def export(args: ExportArguments) -> None:
     print(out)
 
 
-def load_tokenizer(checkpoint: str) -> UniTokVQModel:
+def tokenizer_of(checkpoint: str) -> UniTokVQModel:
     """The image tokenizer of its own folder or repository, or of a model's."""
-    if Path(checkpoint).exists() or checkpoint.count("/") == 1:
-        config, _ = PreTrainedConfig.get_config_dict(checkpoint)
-        if "_class_name" in config:
-            return UniTokVQModel.from_pretrained(checkpoint).eval()
+    if "_class_name" in read_config(checkpoint):
+        return UniTokVQModel.from_pretrained(checkpoint).eval()
     model, _ = load_model(checkpoint, torch.device("cpu"))
     return model.model.vqmodel
 
@@ -105,9 +103,8 @@ def export_text_model(model: UniTokForConditionalGeneration, processor: UniTokPr
     ids[ids == model.config.image_token_id] = model.config.bos_token_id
     ours = model(input_ids=ids).logits.float()
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype).eval()(input_ids=ids).logits.float()
-    rounding = (
-        1e-5 if model.dtype == torch.float32 else 0.1
-    )  # ours caps logits in fp32, transformers in the model's dtype
+    # ours caps logits in fp32, transformers in the model's dtype
+    rounding = 1e-5 if model.dtype == torch.float32 else 0.1
     if not torch.allclose(ours, theirs, atol=rounding):
         raise ValueError(
             f"{type(text_model).__name__} computes other logits (largest difference {(ours - theirs).abs().max():.3g}); "

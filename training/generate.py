@@ -83,12 +83,18 @@ def pick_device(name: str) -> torch.device:
         raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
 
 
-def require_model(checkpoint: str) -> None:
-    """See that a folder or Hub id is of a UniTok model, by its configuration.
+def require_port(port: int) -> None:
+    """Raises ValueError unless a server can listen on this port."""
+    if not 0 < port < 65536:
+        raise ValueError(f"--port must be from 1 to 65535, got {port}")
+
+
+def read_config(checkpoint: str) -> dict:
+    """The configuration of a model or tokenizer, in a folder or by Hub id, as its file has it.
 
     Raises:
         OSError: there is nothing at this path, and nothing that the Hub gives us by this name.
-        ValueError: it is something else than a UniTok model.
+        ValueError: the file is malformed.
     """
     if not Path(checkpoint).exists() and checkpoint.count("/") != 1:
         raise FileNotFoundError(f"no model at {checkpoint}")
@@ -99,6 +105,12 @@ def require_model(checkpoint: str) -> None:
         raise FileNotFoundError(f"no model at {checkpoint}: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"the configuration of {checkpoint} does not hold keys and values")
+    return config
+
+
+def require_model(checkpoint: str) -> None:
+    """Raises ValueError unless a folder or Hub id is of a UniTok model; and as `read_config`."""
+    config = read_config(checkpoint)
     if config.get("model_type") != UniTokConfig.model_type:
         kind = config.get("model_type") or config.get("_class_name") or "nothing we know"
         raise ValueError(f"{checkpoint} holds no UniTok model, but {kind}; `unitok-hf train` makes one")

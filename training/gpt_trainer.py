@@ -58,8 +58,7 @@ from .collators import (
 from .evaluation import nats_and_tokens, stream_bits
 from .generate import load_model
 from .lora import add_lora
-from .muon import MuonWith, layer_matrices
-from .parquet_rows import ParquetRows, WindowSampler
+from .muon import MuonWith, decay_groups, layer_matrices
 from .push import push_run
 from .reconstruction import picture_rows
 from .runs import Run, RunTrainer, require_finite, save_arguments, save_beside, write_beside
@@ -249,10 +248,7 @@ class StreamTrainer(RunTrainer):
         self.counted: list[torch.Tensor] = []  # what `count` found in each batch since the last log line
 
     def _get_train_sampler(self, train_dataset: StreamDataset | None = None) -> torch.utils.data.Sampler:
-        rows = self.train_dataset.rows
-        if isinstance(rows, ParquetRows):
-            return WindowSampler(rows, self.train_dataset)
-        if self.args.train_sampling_strategy != "group_by_length":
+        if self.args.streaming or self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
         step = self.args.train_batch_size * self.args.world_size
         return LengthGroupedSampler(self.train_dataset if train_dataset is None else train_dataset, step)
@@ -263,19 +259,10 @@ class StreamTrainer(RunTrainer):
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         if self.args.matrix_optimizer == "muon" and self.optimizer is None:
             matrices = layer_matrices(self.model)
-            apart = {id(weight) for weight in matrices}
-            decayed = self.get_decay_parameter_names(self.model)
-            groups: dict[bool, list[torch.nn.Parameter]] = {True: [], False: []}
-            for name, parameter in self.model.named_parameters():
-                if parameter.requires_grad and id(parameter) not in apart:
-                    groups[name in decayed].append(parameter)
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             self.optimizer = MuonWith(
                 matrices,
-                [
-                    {"params": groups[True], "weight_decay": self.args.weight_decay},
-                    {"params": groups[False], "weight_decay": 0.0},
-                ],
+                decay_groups(self, apart=matrices),
                 self.args.learning_rate,
                 self.args.weight_decay,
                 lambda rest: kind(rest, **options),

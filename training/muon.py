@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Trainer
 from transformers.pytorch_utils import Conv1D
 
 
@@ -32,6 +32,20 @@ def kernels(coder: nn.Module) -> list[nn.Parameter]:
     """The weights of linear layers and convolutions inside an encoder or decoder, without its first and last one."""
     layers = [module for module in coder.modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
     return [layer.weight for layer in layers if layer not in (coder.conv_in, coder.conv_out)]
+
+
+def decay_groups(trainer: Trainer, apart: list[nn.Parameter]) -> list[dict]:
+    """What a trainer trains and is not among `apart`, as two groups of an optimizer: with weight decay, and without."""
+    outside = {id(parameter) for parameter in apart}
+    decayed = set(trainer.get_decay_parameter_names(trainer.model))
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for name, parameter in trainer.model.named_parameters():
+        if parameter.requires_grad and id(parameter) not in outside:
+            groups[name in decayed].append(parameter)
+    return [
+        {"params": groups[True], "weight_decay": trainer.args.weight_decay},
+        {"params": groups[False], "weight_decay": 0.0},
+    ]
 
 
 class MuonWith(torch.optim.Optimizer):

@@ -13,6 +13,7 @@ The files' row groups should be small (those of `prepare-data` have at most 256 
 process and each worker, which keep `memory` each.
 """
 
+import copy
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -37,7 +38,6 @@ class ParquetRows:
 
     Args:
         files: the files, in order.
-        columns: the columns that are read; all when not given.
         memory: bytes that are kept, uncompressed, as the files count them; one group in any case.
 
     Attributes:
@@ -49,23 +49,23 @@ class ParquetRows:
         ValueError: a file is no Parquet, or has other columns than the first.
     """
 
-    def __init__(self, files: list[Path], columns: list[str] | None = None, memory: int = MEMORY):
-        self.files, self.memory = list(files), memory
+    def __init__(self, files: list[Path], memory: int = MEMORY):
+        self.files = list(files)
         self.places: list[tuple[int, int]] = []  # file and number of each row group
         rows, size = [], 0
         for number, file in enumerate(self.files):
             try:
-                metadata, schema = pq.read_metadata(file), pq.read_schema(file)
+                opened = pq.ParquetFile(file)
             except pa.ArrowInvalid as error:
                 raise ValueError(f"{file} is no Parquet file: {error}") from error
             with refused_in_words(f"{file} has no columns that can be read"):
-                features = datasets.Features(guarded(datasets.Features.from_arrow_schema(schema)))
+                features = datasets.Features(guarded(datasets.Features.from_arrow_schema(opened.schema_arrow)))
             if number == 0:
-                self.features = features if columns is None else datasets.Features({c: features[c] for c in columns})
+                self.features = features
             elif any(features.get(name) != kind for name, kind in self.features.items()):
                 raise ValueError(f"{file} has other columns than {self.files[0]}: {features} and {self.features}")
-            for group in range(metadata.num_row_groups):
-                about = metadata.row_group(group)
+            for group in range(opened.num_row_groups):
+                about = opened.metadata.row_group(group)
                 self.places.append((number, group))
                 rows.append(about.num_rows)
                 size += about.total_byte_size
@@ -82,12 +82,15 @@ class ParquetRows:
         return int(self.groups[-1])
 
     def __getstate__(self) -> dict:
-        """For worker processes: each has its own open file and row groups."""
+        """For copies and worker processes: each has its own open file and row groups."""
         return self.__dict__ | {"kept": OrderedDict(), "opened": None}
 
     def select_columns(self, columns: str | list[str]) -> "ParquetRows":
         """The same rows, with these columns alone."""
-        return ParquetRows(self.files, [columns] if isinstance(columns, str) else list(columns), self.memory)
+        selected = copy.copy(self)  # with nothing kept, see `__getstate__`
+        names = [columns] if isinstance(columns, str) else columns
+        selected.features = datasets.Features({name: self.features[name] for name in names})
+        return selected
 
     def group(self, number: int) -> pa.Table:
         """A row group as it is stored, pictures as bytes.
@@ -138,19 +141,19 @@ class WindowSampler(torch.utils.data.Sampler):
     """Every row once, in an order that needs few row groups at a time; see above.
 
     Args:
-        rows: the rows.
-        data: the data set made of them, whose `seed` and `epoch` decide about the order.
+        data: a data set of `rows`, a `ParquetRows`, whose `seed` and `epoch` decide about the order.
     """
 
-    def __init__(self, rows: ParquetRows, data: torch.utils.data.Dataset):
-        self.rows, self.data = rows, data
+    def __init__(self, data: torch.utils.data.Dataset):
+        self.data = data
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.data)
 
     def __iter__(self) -> Iterator[int]:
         random = np.random.default_rng([self.data.seed, self.data.epoch])
-        groups, size = random.permutation(len(self.rows.places)), self.rows.window
-        for begin in range(0, len(groups), size):
-            window = [np.arange(*self.rows.groups[group : group + 2]) for group in groups[begin : begin + size]]
+        rows = self.data.rows
+        groups = random.permutation(len(rows.places))
+        for begin in range(0, len(groups), rows.window):
+            window = [np.arange(*rows.groups[group : group + 2]) for group in groups[begin : begin + rows.window]]
             yield from random.permutation(np.concatenate(window)).tolist()

@@ -42,6 +42,8 @@ from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
+from .parquet_rows import ParquetRows, WindowSampler
+
 
 try:
     import fcntl
@@ -55,9 +57,8 @@ RUN = "run.json"
 MANIFEST = "manifest.json"
 STATE = "trainer_state.json"
 BESIDE = ".saving-"
-HOST = re.sub(
-    r"\W", "_", platform.node()
-)  # locks hold within a host: on a shared disk, each removes its own leftovers
+# locks hold within a host: on a shared disk, each removes its own leftovers
+HOST = re.sub(r"\W", "_", platform.node())
 IMPATIENCE = 2.0  # seconds after which a second signal ends a run at once
 NOT_COMPARED = {"output_dir", "resume_from_checkpoint", "local_rank"}
 
@@ -256,6 +257,8 @@ class LeaveCallback(TrainerCallback):
 class RunTrainer(Trainer):
     """`transformers.Trainer` whose checkpoints say whether they are whole, and which shares a run only when finished.
 
+    Rows that are streamed come in windows, see `parquet_rows`.
+
     Raises:
         ValueError: FSDP is asked for.
     """
@@ -267,6 +270,11 @@ class RunTrainer(Trainer):
                 "FSDP splits the model, which this training evaluates, draws with and saves on one process; "
                 "use configs/accelerate-ddp.yaml, or FSDP in a loop of your own"
             )
+
+    def _get_train_sampler(self, train_dataset=None) -> torch.utils.data.Sampler:
+        if isinstance(self.train_dataset.rows, ParquetRows):
+            return WindowSampler(self.train_dataset)
+        return super()._get_train_sampler(train_dataset)
 
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
         """Its workers outlive a signal to the whole process group: the step at hand needs them."""

@@ -4,8 +4,8 @@
     curl localhost:8000/v1/chat/completions -H 'Content-Type: application/json' \
         -d '{"model": "out/model", "messages": [{"role": "user", "content": "a red"}], "max_tokens": 8}'
 
-`model` is the --checkpoint as it was given, or left out. This is `transformers serve` with one model loaded, which it does not know by itself: it looks its classes up in tables of
-names that are part of the library, and ours is registered there. Its `POST /v1/chat/completions`, also streamed, its
+`model` is the --checkpoint as it was given, or left out. This is `transformers serve` with one model loaded, which it does not
+know by itself: it looks its classes up in tables of names that are part of the library, and ours is registered there. Its `POST /v1/chat/completions`, also streamed, its
 `/v1/completions`, `/v1/models` and `/health` are as its documentation says; a picture comes as `image_url`, also as a `data:`
 address. What the model draws is not part of an answer.
 """
@@ -18,7 +18,7 @@ from transformers.utils.import_utils import is_serve_available
 
 from ..configuration.configuration_unitok import UniTokConfig
 from ..modeling_unitok.modeling_unitok import UniTokForConditionalGeneration
-from .generate import pick_device, require_model
+from .generate import pick_device, require_model, require_port
 
 
 @dataclass
@@ -32,8 +32,7 @@ class ServeArguments:
     seed: int = field(default=0, metadata={"help": "Seed of the sampling."})
 
     def __post_init__(self):
-        if not 0 < self.port < 65536:
-            raise ValueError(f"--port must be from 1 to 65535, got {self.port}")
+        require_port(self.port)
         if "@" in self.checkpoint:
             raise ValueError(
                 f"--checkpoint {self.checkpoint}: the server takes what follows an @ for a revision; rename it"

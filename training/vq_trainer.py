@@ -47,8 +47,7 @@ from .decoder_tuning import FrozenCodebook, freeze_codes, require_same_codes
 from .discriminator import AdaptiveWeight, PatchDiscriminator
 from .health import HealthWatch, latent_measures
 from .losses import RECONSTRUCTION_LOSSES
-from .muon import MuonWith, kernels
-from .parquet_rows import ParquetRows, WindowSampler
+from .muon import MuonWith, decay_groups, kernels
 from .perceptual import DISTANCES, perceptual_loss
 from .push import push_run
 from .quantizers import ESTIMATORS, NORMS, QUANTIZERS, Quantizer, forget_rows
@@ -476,12 +475,6 @@ class VQTrainer(RunTrainer):
         self.terms: dict[str, list[torch.Tensor]] = defaultdict(list)
         self.health = HealthWatch()
 
-    def _get_train_sampler(self, train_dataset: PictureDataset | None = None) -> torch.utils.data.Sampler:
-        rows = self.train_dataset.rows
-        if isinstance(rows, ParquetRows):
-            return WindowSampler(rows, self.train_dataset)
-        return super()._get_train_sampler(train_dataset)
-
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """None of those that make the codes: decay would shrink the codes that are not chosen."""
         names = super().get_decay_parameter_names(model)
@@ -490,24 +483,15 @@ class VQTrainer(RunTrainer):
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """One optimizer, so that one checkpoint and one schedule hold all: the discriminator's group has its own rate,
         betas (0.5, 0.9) and no weight decay; with Muon, the matrices of the tokenizer are apart."""
-        if self.optimizer is None:
-            vq, discriminator = self.model.vq, self.model.discriminator
-            matrices = []
-            if self.args.matrix_optimizer == "muon":
-                matrices = [weight for weight in kernels(vq.encoder) + kernels(vq.decoder) if weight.requires_grad]
-            apart = {id(weight) for weight in matrices}
-            decayed = set(self.get_decay_parameter_names(self.model))
-            groups = {True: [], False: []}
-            for name, parameter in self.model.named_parameters():
-                if parameter.requires_grad and not name.startswith("discriminator.") and id(parameter) not in apart:
-                    groups[name in decayed].append(parameter)
-            rest = [
-                {"params": groups[True], "weight_decay": self.args.weight_decay},
-                {"params": groups[False], "weight_decay": 0.0},
-            ]
-            if discriminator is not None:
+        vq, discriminator, matrices = self.model.vq, self.model.discriminator, []
+        if self.args.matrix_optimizer == "muon":
+            matrices = [weight for weight in kernels(vq.encoder) + kernels(vq.decoder) if weight.requires_grad]
+        if self.optimizer is None and (matrices or discriminator is not None):
+            judges = [] if discriminator is None else list(discriminator.parameters())
+            rest = decay_groups(self, apart=matrices + judges)
+            if judges:
                 own = {"lr": self.args.discriminator_learning_rate, "betas": (0.5, 0.9), "weight_decay": 0.0}
-                rest.append({"params": list(discriminator.parameters()), **own})
+                rest.append({"params": judges, **own})
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             if matrices:
                 rate, decay = self.args.learning_rate, self.args.weight_decay

@@ -9,11 +9,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import ROOT, draw, flags, run_program
+from conftest import CLI, ROOT, draw, flags, run_program
 
 
 STEPS = 50
-PROGRAM = "import sys; from unitok_hf_cli import main; main(sys.argv[1:])"
 COMMON = {"max_steps": STEPS, "logging_steps": 1, "eval_strategy": "no", "use_cpu": True, "disable_tqdm": True}
 VQ = {"block_out_channels": [32, 32, 32], "latent_channels": 8, "num_vq_embeddings": 16, "continuous_fraction": 0.3}
 # rounding grows from step to step, and where a latent lies between two codes it decides; small steps leave it small
@@ -24,7 +23,7 @@ GPT |= {"adam_epsilon": 1e-3}
 
 def command(processes: int, *words: object) -> list[str]:
     """A command line of unitok-hf on so many processes."""
-    start = [sys.executable, "-c", PROGRAM]
+    start = [sys.executable, "-c", CLI]
     if processes > 1:
         start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
         start += ["-m", "unitok_hf.training.cli"]
