@@ -3,6 +3,7 @@
 import dataclasses
 import os
 
+import datasets
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -50,6 +51,47 @@ def test_cached_batches_equal_those_encoded_on_the_fly(cache, parquet, model, vq
     assert "pixel_values" not in cached
     with torch.no_grad():
         assert torch.equal(model(**fly).logits, model(**cached).logits)
+
+
+@pytest.mark.parametrize("sizes", [[64, 64, 32, 64], [64, 64, 128, 128]], ids=["one", "a whole batch"])
+def test_a_picture_of_another_size_is_refused_by_its_row(cache, pictures, tmp_path, sizes):
+    args, _ = cache
+    rows = {"image": [picture.resize((size, size)) for picture, size in zip(pictures, sizes, strict=False)]}
+    features = datasets.Features({"image": datasets.Image()})
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(str(tmp_path / "sizes.parquet"))
+    changed = dataclasses.replace(
+        args, data_path=str(tmp_path / "sizes.parquet"), output_dir=str(tmp_path / "new"), rows_per_shard=2
+    )
+    with pytest.raises(ValueError, match=f"row 2 of the data: {sizes[2]}x{sizes[2]} pixels, not 64x64"):
+        encode(changed)
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["codes-00000-of-00002.parquet"]
+
+
+def test_encoding_reads_a_row_group_at_a_time(pictures, vq_model, tmp_path, monkeypatch):
+    rows = {"image": [pictures[row % 8] for row in range(40)], "text": [str(row) for row in range(40)]}
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(str(tmp_path / "data.parquet"), batch_size=8)
+    vq_model.save_pretrained(tmp_path / "tokenizer")
+    monkeypatch.setattr(datasets, "load_dataset", None)  # which would make a copy
+    read = []
+    stock = pq.ParquetFile.read_row_group
+    monkeypatch.setattr(
+        pq.ParquetFile,
+        "read_row_group",
+        lambda self, number, columns, **k: read.append((number, *columns)) or stock(self, number, columns, **k),
+    )
+    paths = encode(
+        EncodeArguments(
+            checkpoint=str(tmp_path / "tokenizer"),
+            data_path=str(tmp_path / "data.parquet"),
+            output_dir=str(tmp_path / "codes"),
+            batch_size=5,
+            rows_per_shard=16,
+        )
+    )
+    assert [text for path in paths for text in pq.read_table(path)["text"].to_pylist()] == rows["text"]
+    pictures_read = [group for group, column in read[1:] if column == "image"]  # the first is looked at before
+    assert pictures_read == [0, 1, 2, 3, 4]
 
 
 def test_a_stopped_run_goes_on_with_the_missing_shards(cache):

@@ -46,7 +46,7 @@ class ParquetRows:
         window: how many row groups of the usual size are kept.
 
     Raises:
-        ValueError: a file is no Parquet, or has other columns than the first.
+        ValueError: a file is no Parquet, or has other columns than the first; or there is no row.
     """
 
     def __init__(self, files: list[Path], memory: int = MEMORY):
@@ -70,6 +70,8 @@ class ParquetRows:
                 rows.append(about.num_rows)
                 size += about.total_byte_size
         self.groups = np.array([0, *accumulate(rows)])
+        if len(self) == 0:
+            raise ValueError(f"{self.files[0]} and the files beside it have no rows")
         self.window = max(1, memory * len(rows) // max(1, size))
         self.kept: OrderedDict[int, pa.Table] = OrderedDict()
         self.opened: tuple[int, pq.ParquetFile] | None = None
@@ -128,6 +130,12 @@ class ParquetRows:
             return self.features.decode_example(row)
         except ValueError as error:
             raise ValueError(f"row {key}, in {self.files[self.places[number][0]]}: {error}") from error
+
+    def table(self, begin: int, end: int) -> pa.Table:
+        """The rows from `begin` to before `end` as they are stored."""
+        first, last = bisect_right(self.groups, begin) - 1, bisect_right(self.groups, end - 1) - 1
+        whole = pa.concat_tables([self.group(number) for number in range(first, last + 1)])
+        return whole.slice(begin - int(self.groups[first]), end - begin)
 
     def column(self, name: str) -> Iterator:
         """The values of a column, one after another."""

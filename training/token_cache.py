@@ -8,7 +8,8 @@
 
 The training of the GPT takes such a folder as its `--data_path` and then encodes nothing. Codes mean nothing without the
 tokenizer that made them: a cache made by other weights is refused. A shard is written beside and renamed; a run that was
-stopped goes on with the shards that are missing. Several processes (`torchrun`) share the shards between them.
+stopped goes on with the shards that are missing. Several processes (`torchrun`) share the shards between them. Of the data,
+one row group and one shard's other columns are in memory at a time.
 """
 
 import hashlib
@@ -26,7 +27,8 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 from ..modeling_unitok.modeling_vq import UniTokVQModel
-from .collators import has_many, image_column, parquet_files, read_rows, require_size, to_pixels
+from .collators import has_many, image_column, parquet_files, require_size, to_pixels
+from .parquet_rows import ParquetRows
 from .runs import folder_beside
 
 
@@ -97,7 +99,7 @@ def encode(args: EncodeArguments) -> list[Path]:
     """
     state = PartialState()
     vq_model = UniTokVQModel.from_pretrained(args.checkpoint).to(state.device).eval()
-    rows = read_rows(args.data_path)
+    rows = ParquetRows(parquet_files(args.data_path), memory=0)
     require_size(rows, vq_model.config.sample_size)
     size = vq_model.config.sample_size
     total = math.ceil(len(rows) / args.rows_per_shard)
@@ -129,27 +131,30 @@ def encode(args: EncodeArguments) -> list[Path]:
                         f"{path} was made by another tokenizer or of other data; choose another --output_dir"
                     )
                 continue
-            write_shard(
-                rows.select(range(*about["rows"])), vq_model, features, about, args.batch_size, beside / path.name
-            )
+            write_shard(rows, vq_model, features, about, args.batch_size, beside / path.name)
             os.replace(beside / path.name, path)
     state.wait_for_everyone()
     return paths
 
 
 def write_shard(
-    rows: datasets.Dataset,
-    vq_model: UniTokVQModel,
-    features: datasets.Features,
-    about: dict,
-    batch_size: int,
-    path: Path,
+    rows: ParquetRows, vq_model: UniTokVQModel, features: datasets.Features, about: dict, batch_size: int, path: Path
 ) -> None:
-    """One Parquet file of codes."""
+    """One Parquet file: the codes of the rows `about["rows"]`, and their other columns."""
     codes: list[list | None] = []
     many, images = has_many(rows), image_column(rows)
-    for batch in rows.select_columns(images).iter(batch_size):
-        own = [(row or []) if many else [row] if row is not None else [] for row in batch[images]]
+    pictures_alone, others = rows.select_columns(images), [name for name in rows.column_names if name != images]
+    begin, end = about["rows"]
+    size = vq_model.config.sample_size
+    for start in range(begin, end, batch_size):
+        batch = pictures_alone[list(range(start, min(start + batch_size, end)))][images]
+        own = [(row or []) if many else [row] if row is not None else [] for row in batch]
+        for number, row in enumerate(own, start):
+            strange = next((picture.size for picture in row if picture.size != (size, size)), None)
+            if strange is not None:
+                raise ValueError(
+                    f"row {number} of the data: {strange[0]}x{strange[1]} pixels, not {size}x{size}; prepare the data again"
+                )
         pictures = [to_pixels(picture) for row in own for picture in row]
         found = iter([])
         if pictures:
@@ -157,9 +162,11 @@ def write_shard(
             found = iter(vq_model.encode_to_indices(pixels).flatten(1).tolist())
         rows_of_codes = [[next(found) for _ in row] for row in own]
         codes += rows_of_codes if many else [row[0] if row else None for row in rows_of_codes]
-    table = rows.remove_columns(images).with_format("arrow")[:]
     schema = features.arrow_schema
-    kind = schema.field("image_codes").type
+    column = pa.array(codes, schema.field("image_codes").type)
     schema = schema.with_metadata({**schema.metadata, METADATA_KEY: json.dumps(about).encode()})
-    table = table.append_column("image_codes", pa.array(codes, kind)).cast(schema)
-    pq.write_table(table, path)
+    columns = {"image_codes": column}
+    if others:
+        table = rows.select_columns(others).table(begin, end)
+        columns = dict(zip(table.column_names, table.columns, strict=True)) | columns
+    pq.write_table(pa.table(columns).cast(schema), path)
