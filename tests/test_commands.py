@@ -64,7 +64,7 @@ def test_prompts_become_pictures(generate, model, capsys):
     written = samples(folder)
     assert [sample["prompt"] for sample in written] == ["a red circle"] * 5 + ["ein grünes Quadrat"] * 5
     assert [sample["images"] for sample in written] == [[name] for name in names]
-    assert {(sample["seed"], sample["text"]) for sample in written} == {(3, "")}
+    assert [(sample["seed"], sample["text"]) for sample in written] == [(3 + number, "") for number in range(10)]
     assert [sample["sample"] for sample in written] == list(range(10))
     ids = torch.tensor([sample["token_ids"] for sample in written])
     assert len(ids.unique(dim=0)) == 10
@@ -87,6 +87,13 @@ def test_no_run_overwrites_another_and_the_seed_decides(generate):
     assert [folder.name for folder in (first, again, other)] == ["001", "002", "003"]
     assert contents(first) == contents(again) == before
     assert contents(other)["000.png"] != before["000.png"]
+
+
+def test_a_sample_comes_again_alone_by_its_seed(generate):
+    many = samples(generate("--prompt", "a red circle", "a blue square", "--num_images", "3", "--batch_size", "4"))
+    for one in (many[1], many[4]):
+        alone = samples(generate("--prompt", one["prompt"], "--seed", str(one["seed"])))
+        assert [(sample["seed"], sample["token_ids"]) for sample in alone] == [(one["seed"], one["token_ids"])]
 
 
 def test_guidance_temperature_and_top_k_reach_the_model(generate, model, processor):

@@ -4,7 +4,8 @@
     Read        picture             ->  its caption, and the picture as its codes have it
     Complete    picture, prompt     ->  pictures with the upper half of this one
 
-- the seed that was used stands beside what it made; the same seed and settings make it again, on the same device
+- the seed that was used stands beside what it made, each picture of a grid having the next one; the same seed and settings
+  make it again, on the same device
 - one request at a time runs the model, the others wait in line
 - all of it comes from this process: no analytics, no fonts or scripts from elsewhere, no public link
 - `space/` is the same page as a Space on the Hub; `gradio_client` reaches it as /draw, /read and /complete
@@ -27,7 +28,7 @@ from ..modeling_unitok.modeling_unitok import UniTokForConditionalGeneration
 from ..processing.image_processing_unitok import to_pictures
 from ..processing.pixels import load_rgb
 from ..processing.processing_unitok import UniTokProcessor
-from .generate import load_model, pick_device, require_port
+from .generate import generators, load_model, pick_device, require_port
 
 
 if TYPE_CHECKING:
@@ -141,7 +142,7 @@ def read(
     inputs = processor(images=picture, text="", return_tensors="pt").to(model.device)
     sampling = {}
     if temperature > 0:
-        sampling = {"temperature": temperature, "top_k": 0, "generator": _generator(model, seed)}
+        sampling = {"temperature": temperature, "top_k": 0, "generator": generators(model.device, seed, 1)}
     ids = model.generate(**inputs, generation_mode="text", do_sample=temperature > 0, **sampling)  # (1, L + caption)
     caption = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0].strip()
     codes = model.get_image_tokens(inputs["pixel_values"])
@@ -207,8 +208,9 @@ def build_page(model: UniTokForConditionalGeneration, processor: UniTokProcessor
     def chosen(seed: int | None, fresh: bool) -> int:
         return random.randint(0, LARGEST_SEED) if fresh or seed is None else seed
 
-    def made(seed: int, **settings: float) -> str:
-        return " · ".join([f"seed **{seed}**", *(f"{name} {value:g}" for name, value in settings.items())])
+    def made(seed: int, count: int, **settings: float) -> str:
+        seeds = f"seed **{seed}**" if count == 1 else f"seeds **{seed}** to {seed + count - 1}"
+        return " · ".join([seeds, *(f"{name} {value:g}" for name, value in settings.items())])
 
     def grid(pictures: list[Image.Image]) -> gr.Gallery:
         return gr.Gallery(pictures, columns=min(4, max(2, len(pictures))))
@@ -217,7 +219,7 @@ def build_page(model: UniTokForConditionalGeneration, processor: UniTokProcessor
         seed = chosen(seed, fresh)
         with told():
             pictures = draw(model, processor, prompt or "", num_images, guidance_scale, temperature, seed)
-        return grid(pictures), made(seed, guidance=guidance_scale, temperature=temperature), seed
+        return grid(pictures), made(seed, len(pictures), guidance=guidance_scale, temperature=temperature), seed
 
     def on_read(picture, temperature, seed, fresh):
         seed = chosen(seed, fresh)
@@ -225,7 +227,7 @@ def build_page(model: UniTokForConditionalGeneration, processor: UniTokProcessor
             caption, seen = read(model, processor, opened(picture), temperature, seed)
         if not caption:
             gr.Warning("The model wrote nothing about this picture; another temperature or seed may help.")
-        return caption, seen, made(seed, temperature=temperature), seed
+        return caption, seen, made(seed, 1, temperature=temperature), seed
 
     def on_complete(picture, prompt, num_images, guidance_scale, temperature, seed, fresh):
         seed = chosen(seed, fresh)
@@ -233,8 +235,8 @@ def build_page(model: UniTokForConditionalGeneration, processor: UniTokProcessor
             original, pictures = complete(
                 model, processor, opened(picture), prompt or "", num_images, guidance_scale, temperature, seed
             )
-        note = f"first the picture itself · {made(seed, guidance=guidance_scale, temperature=temperature)}"
-        return grid([original, *pictures]), note, seed
+        note = made(seed, len(pictures), guidance=guidance_scale, temperature=temperature)
+        return grid([original, *pictures]), f"first the picture itself · {note}", seed
 
     def run(events: list, work: Callable, inputs: list, outputs: list, name: str) -> None:
         """Have events do the work, one at a time in all; its last result is the seed, for the box before the last."""
@@ -333,10 +335,6 @@ def _gradio():
     return gradio
 
 
-def _generator(model: UniTokForConditionalGeneration, seed: int) -> torch.Generator:
-    return torch.Generator(model.device).manual_seed(seed)
-
-
 def _sampling(
     model: UniTokForConditionalGeneration, num_images: int, guidance_scale: float, temperature: float, seed: int
 ) -> dict:
@@ -344,5 +342,5 @@ def _sampling(
     common = {"guidance_scale": guidance_scale, "do_sample": temperature > 0}
     if temperature == 0:
         return common
-    generator = _generator(model, seed)
-    return common | {"generator": generator, "image_temperature": temperature, "num_return_sequences": num_images}
+    own = generators(model.device, seed, num_images)
+    return common | {"generator": own, "image_temperature": temperature, "num_return_sequences": num_images}

@@ -10,6 +10,9 @@ the folder is there when all of it is):
     sheet.png             all of them on one sheet
     text.txt              the text of every sample
     samples.jsonl         one line per sample: prompt, seed, text, files of its pictures, token ids
+
+Sample n is drawn with the seed `--seed` + n, whatever is drawn beside it: a run with its prompt and that seed makes it again,
+pixels up to the rounding of batches of another size.
 """
 
 import json
@@ -55,7 +58,7 @@ class GenerateArguments:
     temperature: float = field(default=1.0, metadata={"help": "Sampling temperature; 0 takes the likeliest token."})
     top_k: int = field(default=0, metadata={"help": "Sample among the so many likeliest codes; 0 for all."})
     batch_size: int = field(default=32, metadata={"help": "Samples that are generated at once."})
-    seed: int = field(default=0, metadata={"help": "Seed of the sampling."})
+    seed: int = field(default=0, metadata={"help": "Seed of the first sample; the next one has the next seed."})
     device: str = field(default="auto", metadata={"help": "cpu, cuda, mps, …; auto takes the best there is."})
     output_dir: str = field(default="out/generation", metadata={"help": "Folder in which the run gets its own."})
 
@@ -81,6 +84,11 @@ def pick_device(name: str) -> torch.device:
         return torch.zeros(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
+
+
+def generators(device: torch.device, seed: int, count: int) -> list[torch.Generator]:
+    """Randomness of so many samples, each with a seed of its own: this one, the next, and so on."""
+    return [torch.Generator(device).manual_seed(seed + number) for number in range(count)]
 
 
 def require_port(port: int) -> None:
@@ -139,7 +147,6 @@ def generate(args: GenerateArguments) -> Path:
     picture = None if args.image is None else load_rgb(args.image)
     model, processor = load_model(args.checkpoint, device)
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-    generator = torch.Generator(device).manual_seed(args.seed)
     prompts = [prompt for prompt in args.prompt or [""] for _ in range(args.num_images)]
     mode = args.generation_mode or ("image" if picture is None else "auto")
     drawing = mode == "image"
@@ -163,7 +170,7 @@ def generate(args: GenerateArguments) -> Path:
             **inputs,
             generation_mode=mode,
             guidance_scale=args.guidance_scale,
-            generator=generator,
+            generator=generators(device, args.seed + start, len(batch)),
             **sampling,
         )
         if drawing:
@@ -180,7 +187,7 @@ def generate(args: GenerateArguments) -> Path:
 
 
 def write_samples(samples: list[tuple[str, list[int], list[str | Image.Image]]], seed: int, folder: Path) -> None:
-    """Pictures, sheet, text and JSON lines of samples: prompt, generated ids, and their parts in order."""
+    """Pictures, sheet, text and JSON lines of samples, the first drawn with `seed`: prompt, ids, and their parts in order."""
     pictures, lines, texts = [], [], []
     for number, (prompt, ids, parts) in enumerate(samples):
         files = []
@@ -191,7 +198,14 @@ def write_samples(samples: list[tuple[str, list[int], list[str | Image.Image]]],
                 pictures.append(part)
         text = " ".join(part.strip() for part in parts if isinstance(part, str)).strip()
         texts.append(f"[{number}] {prompt} -> {text}" if text else f"[{number}] {prompt}")
-        sample = {"sample": number, "prompt": prompt, "seed": seed, "text": text, "images": files, "token_ids": ids}
+        sample = {
+            "sample": number,
+            "prompt": prompt,
+            "seed": seed + number,
+            "text": text,
+            "images": files,
+            "token_ids": ids,
+        }
         lines.append(json.dumps(sample, ensure_ascii=False))
     (folder / "text.txt").write_text("\n".join(texts) + "\n", encoding="utf-8")
     (folder / "samples.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
