@@ -57,18 +57,42 @@ def test_every_row_comes_once_an_epoch_whatever_the_workers(files, workers):
     orders = []
     for data.epoch in (0, 1):
         loader = torch.utils.data.DataLoader(
-            data, 7, sampler=WindowSampler(data), num_workers=workers, collate_fn=list
+            data, 5, sampler=WindowSampler(data, 5), num_workers=workers, collate_fn=list
         )
         orders.append([text for batch in loader for text in batch])
         assert sorted(map(str, orders[-1])) == sorted(map(str, data.rows["text"]))
     assert orders[0] != orders[1]
     data.epoch = 0
-    assert [data[index] for index in WindowSampler(data)] == orders[0]
+    assert [data[index] for index in WindowSampler(data, 5)] == orders[0]
+
+
+def test_rows_that_do_not_fill_a_batch_begin_the_next_epoch(files):
+    data = Numbered(ParquetRows(files, memory=2000))
+    stream, whole = [], WindowSampler(data, 100)
+    for data.epoch in range(50):
+        sampler = WindowSampler(data, 16)
+        assert len(sampler) == 96
+        stream += sampler
+    for epoch in range(48):
+        data.epoch = epoch
+        assert stream[100 * epoch : 100 * (epoch + 1)] == list(whole)
+        assert sorted(whole) == list(range(100))
+
+
+def test_fewer_rows_than_a_batch_are_refused(files):
+    with pytest.raises(ValueError, match="100 rows do not fill a batch of 128; take smaller batches, or"):
+        WindowSampler(Numbered(ParquetRows(files)), 128)
+
+
+def test_no_rows_are_refused(files, tmp_path):
+    pq.write_table(pq.read_table(files[0]).slice(0, 0), tmp_path / "none.parquet")
+    with pytest.raises(ValueError, match="none.parquet and the files beside it have no rows"):
+        ParquetRows([tmp_path / "none.parquet"])
 
 
 def test_rows_of_different_groups_are_mixed(files):
     data = Numbered(ParquetRows(files, memory=100_000_000))
-    order = np.array(list(WindowSampler(data)))
+    order = np.array(list(WindowSampler(data, 1)))
     assert np.corrcoef(order, np.arange(100))[0, 1] < 0.3
     assert len({index // 8 for index in order[:10]}) > 4
 
@@ -79,7 +103,7 @@ def test_a_group_is_read_once_an_epoch_and_few_are_kept(files, monkeypatch):
     stock = pq.ParquetFile.read_row_group
     monkeypatch.setattr(pq.ParquetFile, "read_row_group", lambda self, *a, **k: read.append(a) or stock(self, *a, **k))
     data = Numbered(rows)
-    for index in WindowSampler(data):
+    for index in WindowSampler(data, 1):
         data[index]
         most = max(most, len(rows.kept))
     assert most == rows.window == 3

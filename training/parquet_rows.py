@@ -5,8 +5,9 @@
 - `ParquetRows` has the part of `datasets.Dataset` that training needs. It keeps the row groups that were asked for last, as
   many as fit into `memory`, and nothing else of the data: what is resident does not grow with it
 - `WindowSampler` gives an order in which that is enough: row groups are shuffled, and rows within windows of so many groups as
-  are kept. Drawn from the seed and the epoch of the data alone, it is the same for any number of workers and processes,
-  which take their batches from it in turn, so that no row is lost or comes twice, and a run is resumed at any batch
+  are kept. Drawn from the seed alone, it is the same for any number of workers and processes, which take their batches from
+  it in turn, and a run is resumed at any batch. Such orders, one after another, are a stream that is cut into full batches:
+  rows that do not fill the last batch of an epoch begin the next one, so that none is lost or comes twice
 - rows that lie together in the files meet more often than by chance; files whose rows are in random order forgive that
 
 The files' row groups should be small (those of `prepare-data` have at most 256 rows): a group is what is read at once, by each
@@ -17,7 +18,7 @@ import copy
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator
-from itertools import accumulate
+from itertools import accumulate, chain, count, islice
 from pathlib import Path
 
 import datasets
@@ -146,20 +147,35 @@ class ParquetRows:
 
 
 class WindowSampler(torch.utils.data.Sampler):
-    """Every row once, in an order that needs few row groups at a time; see above.
+    """The full batches of an epoch, in an order that needs few row groups at a time; see above.
 
     Args:
         data: a data set of `rows`, a `ParquetRows`, whose `seed` and `epoch` decide about the order.
+        batch_size: rows of a batch, of all processes together.
+
+    Raises:
+        ValueError: there are fewer rows than that.
     """
 
-    def __init__(self, data: torch.utils.data.Dataset):
+    def __init__(self, data: torch.utils.data.Dataset, batch_size: int):
+        if len(data) < batch_size:
+            raise ValueError(
+                f"{len(data)} rows do not fill a batch of {batch_size}; take smaller batches, or leave out --streaming"
+            )
         self.data = data
+        self.length = len(data) // batch_size * batch_size
 
     def __len__(self) -> int:
-        return len(self.data)
+        return self.length
 
     def __iter__(self) -> Iterator[int]:
-        random = np.random.default_rng([self.data.seed, self.data.epoch])
+        number, begin = divmod(self.data.epoch * self.length, len(self.data))
+        stream = chain.from_iterable(map(self.order, count(number)))
+        return islice(stream, begin, begin + self.length)
+
+    def order(self, number: int) -> Iterator[int]:
+        """Every row once: the order of this number."""
+        random = np.random.default_rng([self.data.seed, number])
         rows = self.data.rows
         groups = random.permutation(len(rows.places))
         for begin in range(0, len(groups), rows.window):

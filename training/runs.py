@@ -33,10 +33,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from functools import partial
 from pathlib import Path
 
 import torch
+from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -165,13 +165,14 @@ class Run:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 if self.held.enter_context(locked(self.folder)) is False:
                     raise ValueError(f"another process is training in {self.folder}; choose another --output_dir")
-            self.checkpoint = checkpoint_to_resume(self.args)
-            if self.args.should_save:
+                self.checkpoint = checkpoint_to_resume(self.args)
                 remove_leftovers(self.folder)
                 self._tidy_checkpoints()
                 if self.checkpoint is not None:
                     logger.warning("continuing from %s", self.checkpoint)
                 write_beside(self.folder / RUN, json.dumps(described(self.args), indent=2).encode())
+        # what one process sees of a shared disk, another may not see yet
+        [self.checkpoint] = broadcast_object_list([self.checkpoint])
 
     def _tidy_checkpoints(self) -> None:
         """Remove what a killed process did not finish to write, or to delete."""
@@ -208,7 +209,10 @@ class LeaveCallback(TrainerCallback):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Signals are only noted inside; one that comes seconds after the first acts as it would without us."""
+        """Signals are only noted inside; one that comes seconds after the first acts as it would without us.
+
+        They do not reach processes that are forked inside: the step at hand needs the workers of its data loader.
+        """
         if threading.current_thread() is not threading.main_thread():  # the only one that can
             yield
             return
@@ -227,9 +231,11 @@ class LeaveCallback(TrainerCallback):
 
         for number in before:
             signal.signal(number, note)
+        LISTENING.append(self)
         try:
             yield
         finally:
+            LISTENING.remove(self)
             restore()
 
     def on_step_end(self, args, state, control, **_):
@@ -273,14 +279,8 @@ class RunTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset=None) -> torch.utils.data.Sampler:
         if isinstance(self.train_dataset.rows, ParquetRows):
-            return WindowSampler(self.train_dataset)
+            return WindowSampler(self.train_dataset, self.args.train_batch_size * self.args.world_size)
         return super()._get_train_sampler(train_dataset)
-
-    def get_train_dataloader(self) -> torch.utils.data.DataLoader:
-        """Its workers outlive a signal to the whole process group: the step at hand needs them."""
-        loader = super().get_train_dataloader()
-        loader.worker_init_fn = partial(start_worker, loader.worker_init_fn)
-        return loader
 
     def _save_checkpoint(self, model, trial) -> None:
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
@@ -305,14 +305,6 @@ class RunTrainer(Trainer):
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Nothing: a run is shared when it is finished, see `push_run`."""
-
-
-def start_worker(also: Callable[[int], None] | None, worker: int) -> None:
-    """Begin a worker of a data loader: signals are for its parent, which ends it."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
-    if also is not None:
-        also(worker)
 
 
 def require_finite(terms: dict[str, torch.Tensor], step: int, output_dir: str) -> None:
@@ -399,8 +391,28 @@ def locked(folder: Path) -> Iterator[bool | None]:
 
 
 HELD: set[int] = set()
+LISTENING: list[LeaveCallback] = []
+MASKS: list[set[signal.Signals]] = []
+
+
+def before_fork() -> None:
+    """Block the signals that are listened for; a child begins with what is blocked."""
+    if LISTENING:
+        MASKS.append(signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT)))
+
+
+def after_fork() -> None:
+    """Let the parent have them again."""
+    if MASKS:
+        signal.pthread_sigmask(signal.SIG_SETMASK, MASKS.pop())
+
+
 if fcntl is not None:  # a worker of a data loader may outlive us by seconds: it holds nothing
-    os.register_at_fork(after_in_child=lambda: [os.close(HELD.pop()) for _ in range(len(HELD))])
+    os.register_at_fork(
+        before=before_fork,
+        after_in_parent=after_fork,
+        after_in_child=lambda: [os.close(HELD.pop()) for _ in range(len(HELD))],
+    )
 
 
 def remove_leftovers(parent: Path) -> None:

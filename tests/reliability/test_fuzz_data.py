@@ -22,6 +22,7 @@ from unitok_hf.training.collators import (
     require_text,
 )
 from unitok_hf.training.data import PrepareDataArguments, dataset_source, render
+from unitok_hf.training.parquet_rows import ParquetRows
 
 
 st = hypothesis.strategies
@@ -68,20 +69,20 @@ def read_all(file, tokenizer) -> None:
         arguments = PrepareDataArguments(output_file="x.parquet", dataset=str(file), image_size=8, max_pixels=2**22)
         for item in dataset_source(arguments).items:
             render(item, arguments)
-    with documented():
-        rows = read_rows(str(file))
-    if "rows" not in locals():
-        return
-    with documented():
-        require_images(rows)
-        require_pictures(rows)
-        data = PictureDataset(rows, "none", 0)
-        PictureCollator()([data[index] for index in range(len(data))])
-    with documented():
-        require_text(rows, "text")
-        data = StreamDataset(rows, tokenizer, 16, "text", 0.5, 0.1, 64, "none", 0)
-        data.lengths()
-        StreamCollator(tokenizer)(data.__getitems__(list(range(len(data)))))
+    for reader in (lambda: read_rows(str(file)), lambda: ParquetRows([file])):
+        with documented():
+            rows = reader()
+            with documented():
+                require_images(rows)
+                require_pictures(rows)
+                data = PictureDataset(rows, "none", 0)
+                PictureCollator()([data[index] for index in range(len(data))])
+            with documented():
+                require_text(rows, "text")
+                data = StreamDataset(rows, tokenizer, 16, "text", 0.5, 0.1, 64, "none", 0)
+                if isinstance(rows, datasets.Dataset):
+                    data.lengths()
+                StreamCollator(tokenizer)(data.__getitems__(list(range(len(data)))))
 
 
 def as_parquet(content: pa.Table, **options) -> bytes:

@@ -6,10 +6,14 @@ A few deaths each; `kill_at_random.py --times 50` is the same at random, and man
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
+from conftest import CLI, ROOT, flags
 from kill_trial import COMMANDS, TWO_RANKS, contents, the_arena
 from transformers import TrainingArguments
 
@@ -77,6 +81,32 @@ def test_a_signal_saves_and_leaves_with_a_message(arena, number, code):
     assert {name: found[name] for name in expected if "checkpoint-2" not in name} == {
         name: digest for name, digest in expected.items() if "checkpoint-2" not in name
     }
+
+
+def test_a_signal_to_all_processes_of_a_run_leaves_the_step_its_workers(parquet, tmp_path):
+    """As a terminal or a cluster sends it: to data loader workers, too, whose samples the step at hand waits for."""
+    options = {"data_path": parquet, "eval_data_path": parquet, "output_dir": tmp_path / "run", "max_steps": 100_000}
+    options |= {"dataloader_num_workers": 2, "logging_steps": 1, "save_strategy": "no", "eval_strategy": "no"}
+    options |= {"block_out_channels": [32, 32, 32], "latent_channels": 8, "num_vq_embeddings": 16, "batch_size": 2}
+    command = [sys.executable, "-c", CLI, "train-tokenizer", *flags(options | {"disable_tqdm": True, "use_cpu": True})]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
+    try:
+        while "'loss'" not in (tmp_path / "log").read_text():
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            time.sleep(0.05)
+        workers = psutil.Process(process.pid).children()
+        assert len(workers) >= 2
+        os.killpg(process.pid, signal.SIGTERM)
+        assert process.wait(60) == 143, (tmp_path / "log").read_text()
+    finally:
+        process.kill()
+    written = (tmp_path / "log").read_text()
+    saved = last_checkpoint(tmp_path / "run")
+    assert f"SIGTERM: saved {saved}; the same command continues from there" in written
+    assert "Traceback" not in written
+    psutil.wait_procs(workers, 10)
+    assert not any(worker.is_running() for worker in workers)
 
 
 def test_other_arguments_are_refused_with_what_differs(arena, monkeypatch):

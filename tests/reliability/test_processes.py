@@ -7,9 +7,11 @@ import sys
 import time
 from pathlib import Path
 
+import datasets
 import psutil
 import pytest
-from conftest import CLI, ROOT, draw, flags, run_program
+from conftest import CAPTIONS, CLI, ROOT, draw, flags, run_program
+from PIL import ImageOps
 
 
 STEPS = 50
@@ -33,10 +35,6 @@ def command(processes: int, *words: object) -> list[str]:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     """Sixteen different pictures and captions: eight, and the same upside down."""
-    import datasets
-    from conftest import CAPTIONS
-    from PIL import ImageOps
-
     pictures = [draw(caption) for caption in CAPTIONS]
     pictures += [ImageOps.flip(ImageOps.invert(picture)) for picture in pictures]
     texts = CAPTIONS + [f"{caption} upside down" for caption in CAPTIONS]
@@ -101,6 +99,37 @@ def test_rows_that_do_not_divide_are_trained_on_to_the_end(trained, data, tmp_pa
     common |= {"output_dir": tmp_path / "run", "visual_tokenizer_path": trained(1) / "tokenizer", "save_steps": 7}
     run_program(command(2, "train", *flags(common | GPT)))
     assert len(losses(tmp_path / "run", 7)) == 7
+
+
+@pytest.fixture(scope="module")
+def numbered(tmp_path_factory) -> Path:
+    """37 numbers in row groups of five."""
+    path = tmp_path_factory.mktemp("numbers") / "numbers.parquet"
+    datasets.Dataset.from_dict({"text": [str(row) for row in range(37)]}).to_parquet(str(path), batch_size=5)
+    return path
+
+
+def ids(numbered: Path, out: Path, processes: int, steps: int, checkpoint: Path | None = None) -> list[list[int]]:
+    """Which rows came in every step, batches of eight in all."""
+    start = command(processes)[:-2] if processes > 1 else [sys.executable]
+    words = [numbered, out, steps, 8 // processes, *([checkpoint] if checkpoint else [])]
+    run_program([*start, str(Path(__file__).parent / "stream_of_ids.py"), *map(str, words)])
+    of_rank = [json.loads((out / f"ids-{rank}.json").read_text()) for rank in range(processes)]
+    return [sum(batches, []) for batches in zip(*of_rank, strict=True)]
+
+
+def test_no_streamed_row_is_lost_or_doubled(numbered, tmp_path):
+    """For 14 steps of eight rows, three times 37 and one: by one process and two, in one go and resumed by others."""
+    alone = ids(numbered, tmp_path / "one", 1, 14)
+    together = ids(numbered, tmp_path / "two", 2, 14)
+    assert alone == together
+    stream = sum(alone, [])
+    assert len(stream) == 14 * 8
+    for begin in (0, 37, 74):
+        assert sorted(stream[begin : begin + 37]) == list(range(37))
+    assert stream[:37] != stream[37:74]
+    assert ids(numbered, tmp_path / "two again", 2, 14, tmp_path / "one/checkpoint-6") == alone[6:]
+    assert ids(numbered, tmp_path / "one again", 1, 14, tmp_path / "two/checkpoint-9") == alone[9:]
 
 
 def test_a_process_that_dies_takes_all_down_and_is_named(trained, data, tmp_path):
