@@ -21,6 +21,7 @@ from unitok_hf.training.collators import (
     StreamDataset,
     hold_out,
     read_rows,
+    require_images,
     require_pictures,
     require_size,
     require_text,
@@ -381,3 +382,9 @@ def test_images_that_the_text_does_not_place_or_that_do_not_fit_are_refused(seve
         StreamDataset(wrong, tokenizer, 16, "text", 0.5, 0.0, 120, "none", 0)[0]
     with pytest.raises(ValueError, match="row 1 of the data takes 56 tokens up to its last image, more than the 40"):
         StreamDataset(rows, tokenizer, 16, "text", 0.5, 0.0, 40, "none", 0)[1]
+
+
+def test_lists_of_codes_alone_are_no_pictures():
+    rows = datasets.Dataset.from_dict({"image_codes": [[[1] * 16]], "text": ["a"]})
+    with pytest.raises(ValueError, match="the data has no column 'image' of pictures, only image_codes, text"):
+        require_images(rows)

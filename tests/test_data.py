@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import os
+import pickle
 import random
 import resource
 import struct
@@ -624,6 +625,44 @@ def test_pictures_inside_an_archive_can_be_streamed(tmp_path, output):
         np.testing.assert_array_equal(pixels_of(row), fit_square(picture(seed), 24))
 
 
+class Dangerous:
+    """Leaves a file behind when it is unpickled."""
+
+    def __reduce__(self):
+        return open, ("unpickled", "w")
+
+
+@pytest.fixture
+def shards(tmp_path, monkeypatch) -> Path:
+    """Two WebDataset shards of three samples; the fifth picture is cut off, and each has a pickle with it."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for shard in range(2):
+        with tarfile.open(folder / f"{shard:05d}.tar", "w") as archive:
+            for number in range(3 * shard, 3 * shard + 3):
+                data = UNREADABLE["truncated.png"][0] if number == 4 else encoded(picture(number), "PNG")
+                files = {"png": data, "txt": f"picture {number}".encode(), "pickle": pickle.dumps(Dangerous())}
+                for kind, content in files.items():
+                    member = tarfile.TarInfo(f"{number:06d}.{kind}")
+                    member.size = len(content)
+                    archive.addfile(member, io.BytesIO(content))
+    return folder
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_webdataset_shards_can_be_a_source(shards, output, streaming):
+    common = {"image_column": "png", "text_column": "txt", "streaming": streaming, "image_size": 24}
+    prepare(output, dataset=str(shards), **common)
+    assert [row["text"] for row in rows_of(output)] == [f"picture {number}" for number in (0, 1, 2, 3, 5)]
+    for number, row in zip((0, 1, 2, 3, 5), rows_of(output), strict=True):
+        np.testing.assert_array_equal(pixels_of(row), fit_square(picture(number), 24))
+    assert left_out(output) == {"train/4": "truncated"}
+    prepare(output.with_name("one.parquet"), dataset=str(shards / "00000.tar"), **common)
+    assert rows_of(output.with_name("one.parquet")) == rows_of(output)[:3]
+    assert not Path("unpickled").exists()
+
+
 @pytest.mark.parametrize(
     "columns, message",
     [
@@ -646,7 +685,7 @@ def test_data_sets_that_cannot_be_loaded_are_refused(tmp_path, table, output):
         prepare(output, dataset=str(table), image_column="picture", split="test")
     with pytest.raises(ValueError, match="not a parquet file"):
         prepare(output, dataset=str(tmp_path / "bad.parquet"))
-    with pytest.raises(ValueError, match="only .parquet can be read"):
+    with pytest.raises(ValueError, match="only .parquet and .tar can be read"):
         prepare(output, dataset=str(tmp_path / "table.csv"))
     with pytest.raises(FileNotFoundError, match="nowhere"):
         prepare(output, dataset=str(tmp_path / "nowhere" / "else"))

@@ -150,7 +150,7 @@ def require_lists(rows: datasets.Dataset) -> None:
 
 def require_images(rows: datasets.Dataset) -> tuple[int, int]:
     """Width and height of the first picture of the rows; raises ValueError when there is none."""
-    if has_many(rows):
+    if has_many(rows) and "images" in rows.column_names:
         require_lists(rows)
         picture = next((picture for pictures in rows["images"] for picture in pictures or []), None)
     elif isinstance(rows.features.get("image"), datasets.Image):

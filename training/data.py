@@ -73,6 +73,7 @@ from .runs import folder_beside
 from .stored_pictures import belongs_to
 
 
+SINGLE_FILES = {".parquet": "parquet", ".tar": "webdataset"}
 METADATA_FILES = ("metadata.csv", "metadata.jsonl")
 CIFAR_SIDE = 32
 CIFAR_RECORD = 1 + 3 * CIFAR_SIDE**2  # a label, then the red, the green and the blue plane
@@ -110,7 +111,8 @@ class PrepareDataArguments:
         default=None, metadata={"help": "Source: CIFAR-10 from a copy of cifar-10-binary.tar.gz, without network."}
     )
     dataset: str | None = field(
-        default=None, metadata={"help": "Source: a data set of the Hub, or a local folder or .parquet file of one."}
+        default=None,
+        metadata={"help": "Source: a data set of the Hub, or of a local folder, .parquet file or WebDataset .tar."},
     )
     builtin: Literal["digits"] | None = field(
         default=None, metadata={"help": "Source: the 1,797 handwritten digits that come with scikit-learn."}
@@ -506,9 +508,11 @@ def spoken(class_name: str) -> str:
 def dataset_source(args: PrepareDataArguments) -> Source:
     path, files = args.dataset, None
     if Path(args.dataset).is_file():
-        if not args.dataset.endswith(".parquet"):
-            raise ValueError(f"--dataset {args.dataset}: of single files, only .parquet can be read")
-        path, files = "parquet", args.dataset
+        path, files = SINGLE_FILES.get(Path(args.dataset).suffix), args.dataset
+        if path is None:
+            raise ValueError(
+                f"--dataset {args.dataset}: of single files, only {' and '.join(SINGLE_FILES)} can be read"
+            )
     try:
         rows = load_dataset(path, args.dataset_config, data_files=files, split=args.split, streaming=args.streaming)
     except (ImportError, MemoryError):
