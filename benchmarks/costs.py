@@ -270,9 +270,7 @@ def report_cluster(options: argparse.Namespace, costs: Costs, length: int) -> No
     }
     print(f"\n{pictures:,.0f} pictures of 256x256, {tokens:.2e} tokens; GPT of depth {options.depth}, ", end="")
     print(f"{weights / 1e9:.2f} billion parameters; {options.nodes} nodes, {gpus} GPUs, {cores} cores\n")
-    print(
-        "| step | hours of the cores | hours of the GPUs | hours of the disks | kept, TB | sent by each GPU, TB |"
-    )
+    print("| step | hours of the cores | hours of the GPUs | hours of the disks | kept, TB | sent by each GPU, TB |")
     print("|---|---|---|---|---|---|")
     for step, (times, stored, sent) in table.items():
         print(
