@@ -8,6 +8,9 @@ What is random about a sample (its order, a dropped caption, the augmentation) i
 it does not depend on workers, processes, prefetching, or on where a run was resumed. Nor does the grouping, drawn from
 (seed, epoch).
 
+The last batch of an epoch may be short. On several processes Accelerate fills it with rows from the beginning of the epoch, so
+that a few come twice; streamed rows go on into the next epoch instead (`parquet_rows`).
+
 Every picture in the Parquet of `prepare-data` is square, RGB and of one size; nothing is resized here.
 """
 
