@@ -47,22 +47,24 @@ def run(*words: object) -> tuple[float, float, float]:
     """Seconds, largest resident set and largest anonymous part of it in MB of a command line and its workers."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     begin = time.perf_counter()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "unitok_hf.training.cli", *map(str, words)],
-        env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    resident = anonymous = 0
-    watched = psutil.Process(process.pid)
-    while process.poll() is None:
-        try:
-            infos = [part.memory_info() for part in [watched, *watched.children(recursive=True)]]
-        except psutil.NoSuchProcess:
-            continue
-        resident = max(resident, sum(info.rss for info in infos))
-        anonymous = max(anonymous, sum(info.rss - info.shared for info in infos))
-        time.sleep(0.05)
-    if process.returncode:
-        raise SystemExit(process.stderr.read())
+    with tempfile.TemporaryFile("w+") as errors:  # no pipe, which would be full one day
+        process = subprocess.Popen(
+            [sys.executable, "-m", "unitok_hf.training.cli", *map(str, words)],
+            env=environment, stdout=subprocess.DEVNULL, stderr=errors,
+        )  # fmt: skip
+        resident = anonymous = 0
+        watched = psutil.Process(process.pid)
+        while process.poll() is None:
+            try:
+                infos = [part.memory_info() for part in [watched, *watched.children(recursive=True)]]
+            except psutil.NoSuchProcess:
+                continue
+            resident = max(resident, sum(info.rss for info in infos))
+            anonymous = max(anonymous, sum(info.rss - info.shared for info in infos))
+            time.sleep(0.05)
+        if process.returncode:
+            errors.seek(0)
+            raise SystemExit(errors.read())
     return time.perf_counter() - begin, resident / 2**20, anonymous / 2**20
 
 
