@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -247,7 +248,8 @@ def test_debugging_shows_the_traceback():
 def test_an_interrupt_ends_with_130(tmp_path):
     os.mkfifo(tmp_path / "config.json")
     command = [sys.executable, "-m", "unitok_hf_cli", "train", str(tmp_path / "config.json")]
-    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+    listening = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # what a shell starts with & ignores it
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=listening) as process:
         with open(tmp_path / "config.json", "w"):  # returns when the command reads from the other end
             process.send_signal(signal.SIGINT)
             _, err = process.communicate(timeout=60)
