@@ -1,10 +1,10 @@
 """What do a picture and a token cost, and what would a billion of them? The tables of `scale.md`.
 
-python benchmarks/costs.py --data_path emoji64.parquet
+python benchmarks/costs.py --data_path photos64.parquet
 
 First what is measured here, on one thread, as time of the processor: real pictures, enlarged to 512 pixels as JPEG, go through
-`prepare-data`, the reader, `encode_to_indices`, steps of both trainings and drawing, for both sizes of picture of `PRESETS`.
-Floating-point operations are counted by torch. Weights are random, which costs the same.
+`prepare-data`, the reader, `encode_to_indices`, forward and backward of both trainings and drawing, for both sizes of picture
+of `PRESETS`. Floating-point operations are counted by torch, which on a CPU leaves out attention. Weights are random, which costs the same.
 
 Then what follows for `--pictures` on a cluster, which the flags describe: operations at a share of the GPUs' peak, work of the
 CPU at the speed of this machine's thread, bytes as measured; but those of codes by their number, as random weights do not use all of them.
@@ -56,8 +56,8 @@ class Costs:
 
     @property
     def code_bytes(self) -> float:
-        """Of a picture on the disk when all codes are as frequent: Parquet packs the bits of a dictionary's numbers."""
-        return self.tokens * math.log2(self.codes) / 8
+        """Of a picture on the disk, without a few per cent for dictionary and lists: Parquet packs the bits of numbers."""
+        return self.tokens * math.ceil(math.log2(self.codes)) / 8
 
 
 def processor_time(way: Callable, repetitions: int = 3) -> float:
@@ -225,7 +225,7 @@ def report_measured(found: dict) -> None:
     line("read and decode a row, ms", lambda costs, *_: f"{costs.read / MILLISECOND:.2f}")
     line("encode, ms", lambda costs, *_: f"{costs.encode / MILLISECOND:.1f}")
     line("encode, GFLOP", lambda costs, *_: f"{costs.encode_flops / 1e9:.2f}")
-    line("codes on disk at most, bytes", lambda costs, *_: f"{costs.code_bytes:.0f}")
+    line("codes on disk, bytes", lambda costs, *_: f"{costs.code_bytes:.0f}")
     line("train the tokenizer, ms per picture", lambda costs, *_: f"{costs.train / MILLISECOND:.0f}")
     line("train the tokenizer, GFLOP per picture", lambda costs, *_: f"{costs.train_flops / 1e9:.2f}")
     line("parameters of the tokenizer, million", lambda costs, *_: f"{costs.parameters / 1e6:.1f}")

@@ -2,6 +2,7 @@
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -80,7 +81,9 @@ def test_rows_that_do_not_fill_a_batch_begin_the_next_epoch(files):
 
 
 def test_fewer_rows_than_a_batch_are_refused(files):
-    with pytest.raises(ValueError, match="100 rows do not fill a batch of 128; take smaller batches, or"):
+    with pytest.raises(
+        ValueError, match="100 rows do not fill a batch of 128 on all processes together; lower --per_device"
+    ):
         WindowSampler(Numbered(ParquetRows(files)), 128)
 
 
@@ -128,3 +131,11 @@ def test_files_that_cannot_be_read_are_named(files, tmp_path):
     files[0].write_bytes(damaged)
     with pytest.raises(ValueError, match="row group 0 of .*0.parquet cannot be read"):
         ParquetRows(files)[0]
+
+
+def test_rows_of_files_that_differ_in_what_can_be_null_make_one_table(tmp_path):
+    for name, nullable in (("a", True), ("b", False)):
+        schema = pa.schema([pa.field("text", pa.string(), nullable)])
+        pq.write_table(pa.table({"text": [name] * 3}, schema), tmp_path / f"{name}.parquet")
+    rows = ParquetRows([tmp_path / "a.parquet", tmp_path / "b.parquet"])
+    assert rows.table(1, 5)["text"].to_pylist() == ["a", "a", "b", "b"]

@@ -86,7 +86,7 @@ def test_encoding_reads_a_row_group_at_a_time(pictures, vq_model, tmp_path, monk
             data_path=str(tmp_path / "data.parquet"),
             output_dir=str(tmp_path / "codes"),
             batch_size=5,
-            rows_per_shard=16,
+            rows_per_shard=12,
         )
     )
     assert [text for path in paths for text in pq.read_table(path)["text"].to_pylist()] == rows["text"]

@@ -615,6 +615,15 @@ def test_streaming_holds_no_rows_out(many, tmp_path):
         train_tokenizer(tokenizer_arguments(many, tmp_path / "run", eval_data_path=None, streaming=True))
 
 
+def test_a_batch_that_streamed_rows_do_not_fill_is_refused_before_anything_is_written(many, image_tokenizer, tmp_path):
+    options = {"eval_data_path": many, "streaming": True, "per_device_train_batch_size": 41}
+    with pytest.raises(ValueError, match="40 rows do not fill a batch of 41"):
+        train_tokenizer(tokenizer_arguments(many, tmp_path / "run", **options))
+    with pytest.raises(ValueError, match="40 rows do not fill a batch of 41"):
+        train_gpt(gpt_arguments(many, image_tokenizer, tmp_path / "run", **options))
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_tokenizer_is_trained_with_muon_and_resumed(data, tmp_path):
     options = {"matrix_optimizer": "muon", "adversarial_weight": 0.1, "discriminator_layers": 1}
     train_tokenizer(tokenizer_arguments(data, tmp_path / "run", **options))

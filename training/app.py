@@ -206,7 +206,7 @@ def build_page(model: UniTokForConditionalGeneration, processor: UniTokProcessor
         return load_rgb(picture)
 
     def chosen(seed: int | None, fresh: bool) -> int:
-        return random.randint(0, LARGEST_SEED) if fresh or seed is None else seed
+        return random.randint(0, LARGEST_SEED - MOST_PICTURES) if fresh or seed is None else seed
 
     def made(seed: int, count: int, **settings: float) -> str:
         seeds = f"seed **{seed}**" if count == 1 else f"seeds **{seed}** to {seed + count - 1}"

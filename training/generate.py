@@ -11,8 +11,8 @@ the folder is there when all of it is):
     text.txt              the text of every sample
     samples.jsonl         one line per sample: prompt, seed, text, files of its pictures, token ids
 
-Sample n is drawn with the seed `--seed` + n, whatever is drawn beside it: a run with its prompt and that seed makes it again,
-pixels up to the rounding of batches of another size.
+Sample n is drawn with the seed `--seed` + n, whatever is drawn beside it: with its prompt, that seed and the same options it
+comes again alone, as far as batches of another size round alike.
 """
 
 import json
@@ -68,6 +68,9 @@ class GenerateArguments:
         for name in ("num_images", "max_tokens", "batch_size"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
+        last = self.seed + len(self.prompt or [""]) * self.num_images - 1
+        if not 0 <= self.seed <= last < 2**63:
+            raise ValueError(f"--seed and the seeds of the samples after the first lie in [0, 2**63), got {self.seed}")
         if self.temperature < 0:
             raise ValueError(f"--temperature must not be negative, got {self.temperature}")
 

@@ -59,6 +59,7 @@ from .evaluation import nats_and_tokens, stream_bits
 from .generate import load_model
 from .lora import add_lora
 from .muon import MuonWith, decay_groups, layer_matrices
+from .parquet_rows import require_batch
 from .push import push_run
 from .reconstruction import picture_rows
 from .runs import Run, RunTrainer, require_finite, save_arguments, save_beside, write_beside
@@ -498,6 +499,8 @@ def _train(args: GPTTrainingArguments, run: Run) -> dict[str, float]:
     rows, eval_rows = training_and_validation(
         args.data_path, args.eval_data_path, args.validation_fraction, data_seed, args.streaming
     )
+    if args.streaming:
+        require_batch(rows, args.train_batch_size * args.world_size)
     for part in (rows, eval_rows):
         require_text(part, args.text_column)
     if vq_model is None:

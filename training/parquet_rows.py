@@ -7,7 +7,8 @@
 - `WindowSampler` gives an order in which that is enough: row groups are shuffled, and rows within windows of so many groups as
   are kept. Drawn from the seed alone, it is the same for any number of workers and processes, which take their batches from
   it in turn, and a run is resumed at any batch. Such orders, one after another, are a stream that is cut into full batches:
-  rows that do not fill the last batch of an epoch begin the next one, so that none is lost or comes twice
+  rows that do not fill the last batch of an epoch begin the next one, so that none is lost or comes twice on the way. An
+  epoch is so many full batches; what is left when training ends is not seen
 - rows that lie together in the files meet more often than by chance; files whose rows are in random order forgive that
 
 The files' row groups should be small (those of `prepare-data` have at most 256 rows): a group is what is read at once, by each
@@ -135,7 +136,8 @@ class ParquetRows:
     def table(self, begin: int, end: int) -> pa.Table:
         """The rows from `begin` to before `end` as they are stored."""
         first, last = bisect_right(self.groups, begin) - 1, bisect_right(self.groups, end - 1) - 1
-        whole = pa.concat_tables([self.group(number) for number in range(first, last + 1)])
+        groups = [self.group(number) for number in range(first, last + 1)]
+        whole = pa.concat_tables(groups, promote_options="default")  # files may differ in which columns can be null
         return whole.slice(begin - int(self.groups[first]), end - begin)
 
     def column(self, name: str) -> Iterator:
@@ -144,6 +146,15 @@ class ParquetRows:
         for number in range(len(alone.places)):
             for row in alone.group(number).to_pylist():
                 yield alone.features.decode_example(row)[name]
+
+
+def require_batch(rows: ParquetRows | torch.utils.data.Dataset, batch_size: int) -> None:
+    """Raises ValueError unless there are as many rows as a batch of all processes together has."""
+    if len(rows) < batch_size:
+        raise ValueError(
+            f"{len(rows)} rows do not fill a batch of {batch_size} on all processes together; lower "
+            "--per_device_train_batch_size, or leave out --streaming"
+        )
 
 
 class WindowSampler(torch.utils.data.Sampler):
@@ -158,10 +169,7 @@ class WindowSampler(torch.utils.data.Sampler):
     """
 
     def __init__(self, data: torch.utils.data.Dataset, batch_size: int):
-        if len(data) < batch_size:
-            raise ValueError(
-                f"{len(data)} rows do not fill a batch of {batch_size}; take smaller batches, or leave out --streaming"
-            )
+        require_batch(data, batch_size)
         self.data = data
         self.length = len(data) // batch_size * batch_size
 

@@ -211,7 +211,8 @@ class LeaveCallback(TrainerCallback):
     def listening(self) -> Iterator[None]:
         """Signals are only noted inside; one that comes seconds after the first acts as it would without us.
 
-        They do not reach processes that are forked inside: the step at hand needs the workers of its data loader.
+        They do not reach processes that are forked inside: the step at hand needs the workers of its data loader. Workers
+        that are spawned are not spared, and a run whose workers end goes back to its last checkpoint.
         """
         if threading.current_thread() is not threading.main_thread():  # the only one that can
             yield
@@ -279,7 +280,7 @@ class RunTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset=None) -> torch.utils.data.Sampler:
         if isinstance(self.train_dataset.rows, ParquetRows):
-            return WindowSampler(self.train_dataset, self.args.train_batch_size * self.args.world_size)
+            return WindowSampler(self.train_dataset, self._train_batch_size * self.args.world_size)
         return super()._get_train_sampler(train_dataset)
 
     def _save_checkpoint(self, model, trial) -> None:
@@ -407,7 +408,9 @@ def after_fork() -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, MASKS.pop())
 
 
-if fcntl is not None:  # a worker of a data loader may outlive us by seconds: it holds nothing
+if (
+    fcntl is not None
+):  # a worker of a data loader hears no signal of ours; it may outlive us by seconds, and holds nothing
     os.register_at_fork(
         before=before_fork,
         after_in_parent=after_fork,

@@ -121,6 +121,8 @@ def encode(args: EncodeArguments) -> list[Path]:
             f"{folder} holds {strange[0].name}, which this run would not write; choose another --output_dir"
         )
     mine = list(enumerate(paths))[state.process_index :: state.num_processes]
+    pictures = rows.select_columns(image_column(rows))  # once: what a shard leaves of a row group is for the next one
+    others = rows.select_columns([name for name in rows.column_names if name != image_column(rows)])
     with folder_beside(folder) as beside:
         for number, path in tqdm(mine, desc="encoding", unit="shard", disable=not state.is_local_main_process):
             begin = number * args.rows_per_shard
@@ -131,29 +133,35 @@ def encode(args: EncodeArguments) -> list[Path]:
                         f"{path} was made by another tokenizer or of other data; choose another --output_dir"
                     )
                 continue
-            write_shard(rows, vq_model, features, about, args.batch_size, beside / path.name)
+            write_shard(pictures, others, vq_model, features, about, args.batch_size, beside / path.name)
             os.replace(beside / path.name, path)
     state.wait_for_everyone()
     return paths
 
 
 def write_shard(
-    rows: ParquetRows, vq_model: UniTokVQModel, features: datasets.Features, about: dict, batch_size: int, path: Path
+    rows: ParquetRows,
+    others: ParquetRows,
+    vq_model: UniTokVQModel,
+    features: datasets.Features,
+    about: dict,
+    batch_size: int,
+    path: Path,
 ) -> None:
-    """One Parquet file: the codes of the rows `about["rows"]`, and their other columns."""
+    """One Parquet file: the codes of the pictures in the rows `about["rows"]`, and the other columns of these rows."""
     codes: list[list | None] = []
     many, images = has_many(rows), image_column(rows)
-    pictures_alone, others = rows.select_columns(images), [name for name in rows.column_names if name != images]
     begin, end = about["rows"]
     size = vq_model.config.sample_size
     for start in range(begin, end, batch_size):
-        batch = pictures_alone[list(range(start, min(start + batch_size, end)))][images]
+        batch = rows[list(range(start, min(start + batch_size, end)))][images]
         own = [(row or []) if many else [row] if row is not None else [] for row in batch]
         for number, row in enumerate(own, start):
             strange = next((picture.size for picture in row if picture.size != (size, size)), None)
             if strange is not None:
                 raise ValueError(
-                    f"row {number} of the data: {strange[0]}x{strange[1]} pixels, not {size}x{size}; prepare the data again"
+                    f"row {number} of the data: {strange[0]}x{strange[1]} pixels, not {size}x{size}; "
+                    f"prepare the data again with --image_size {size}"
                 )
         pictures = [to_pixels(picture) for row in own for picture in row]
         found = iter([])
@@ -166,7 +174,7 @@ def write_shard(
     column = pa.array(codes, schema.field("image_codes").type)
     schema = schema.with_metadata({**schema.metadata, METADATA_KEY: json.dumps(about).encode()})
     columns = {"image_codes": column}
-    if others:
-        table = rows.select_columns(others).table(begin, end)
+    if others.column_names:
+        table = others.table(begin, end)
         columns = dict(zip(table.column_names, table.columns, strict=True)) | columns
     pq.write_table(pa.table(columns).cast(schema), path)

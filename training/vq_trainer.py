@@ -48,6 +48,7 @@ from .discriminator import AdaptiveWeight, PatchDiscriminator
 from .health import HealthWatch, latent_measures
 from .losses import RECONSTRUCTION_LOSSES
 from .muon import MuonWith, decay_groups, kernels
+from .parquet_rows import require_batch
 from .perceptual import DISTANCES, perceptual_loss
 from .push import push_run
 from .quantizers import ESTIMATORS, NORMS, QUANTIZERS, Quantizer, forget_rows
@@ -642,6 +643,8 @@ def _train(args: VQTrainingArguments, run: Run) -> dict[str, float]:
     rows, eval_rows = training_and_validation(
         args.data_path, args.eval_data_path, args.validation_fraction, data_seed, args.streaming
     )
+    if args.streaming:
+        require_batch(rows, args.train_batch_size * args.world_size)
     for part in (rows, eval_rows):
         require_size(part, args.image_size)
         require_pictures(part)
