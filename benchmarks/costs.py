@@ -4,13 +4,16 @@ python benchmarks/costs.py --data_path photos64.parquet
 
 First what is measured here, on one thread, as time of the processor: real pictures, enlarged to 512 pixels as JPEG, go through
 `prepare-data`, the reader, `encode_to_indices`, forward and backward of both trainings and drawing, for both sizes of picture
-of `PRESETS`. Floating-point operations are counted by torch, which on a CPU leaves out attention. Weights are random, which costs the same.
+of `PRESETS`. Floating-point operations are counted by torch, which on a CPU leaves out attention. Weights are random, which
+costs the same.
 
 Then what follows for `--pictures` on a cluster, which the flags describe: operations at a share of the GPUs' peak, work of the
-CPU at the speed of this machine's thread, bytes as measured; but those of codes by their number, as random weights do not use all of them.
+CPU at the speed of this machine's thread, bytes as measured; but those of codes by their number, as random weights do not use
+all of them.
 """
 
 import argparse
+import csv
 import math
 import tempfile
 import time
@@ -197,12 +200,13 @@ def main() -> None:
         rows = datasets.load_dataset("parquet", data_files=options.data_path, split="train").select(
             range(options.rows)
         )
-        lines = ["file_name,text"]
-        for number, row in enumerate(rows):
-            large = row["image"].convert("RGB").resize((SOURCE_SIDE, SOURCE_SIDE))
-            large.save(source / f"{number}.jpg", quality=90)
-            lines.append(f'{number}.jpg,"{row["text"]}"')
-        (source / "metadata.csv").write_text("\n".join(lines), encoding="utf-8")
+        with (source / "metadata.csv").open("w", encoding="utf-8", newline="") as file:
+            table = csv.writer(file)
+            table.writerow(["file_name", "text"])
+            for number, row in enumerate(rows):
+                large = row["image"].convert("RGB").resize((SOURCE_SIDE, SOURCE_SIDE))
+                large.save(source / f"{number}.jpg", quality=90)
+                table.writerow([f"{number}.jpg", row["text"]])
         found = {}
         for preset, batch in PRESETS.items():
             work = Path(folder) / Path(preset).stem
@@ -254,7 +258,7 @@ def report_cluster(options: argparse.Namespace, costs: Costs, length: int) -> No
         "prepare-data": (hours(pictures * costs.prepare, 0, 1, moved + kept), kept, 0),
         "train-tokenizer": (
             hours(seen * costs.read, seen * costs.train_flops, options.convolutions, seen * costs.bytes),
-            16 * costs.parameters,
+            16 * costs.parameters,  # fp32: weights, their average, two moments of AdamW
             options.tokenizer_steps * 8 * costs.parameters,
         ),
         "encode": (
@@ -264,7 +268,7 @@ def report_cluster(options: argparse.Namespace, costs: Costs, length: int) -> No
         ),
         "train": (
             hours(0, tokens * per_token, options.transformer, codes),
-            12 * weights,
+            12 * weights,  # fp32: weights, two moments of AdamW
             steps * 8 * weights,
         ),
     }

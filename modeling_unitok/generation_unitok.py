@@ -117,9 +117,9 @@ class UniTokGenerationMixin:
         Raises:
             ValueError: an unknown mode; not as many generators as rows; a prompt that is empty, padded on the right or ill
                 formed; images that do not fit the placeholders; fewer tokens to come than the image that is begun or asked
-                for needs; guidance, a generator or a compiled step with beams, an assistant, hidden states or attentions, or with another
-                cache than one of keys and values that grows; an interval that is none; candidates in another mode,
-                fewer than are to be returned, without sampling, or for a prompt without text.
+                for needs; guidance, a generator or a compiled step with beams, an assistant, hidden states or attentions,
+                or with another cache than one of keys and values that grows; an interval that is none; candidates in
+                another mode, fewer than are to be returned, without sampling, or for a prompt without text.
         """
         if generation_config is not None and generation_config.is_assistant:  # the grammar is among its processors
             return super().generate(

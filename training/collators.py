@@ -167,10 +167,14 @@ def require_images(rows: datasets.Dataset) -> tuple[int, int]:
 
 def require_size(rows: datasets.Dataset, image_size: int) -> None:
     """Raises ValueError unless there are pictures, and the first one is a square of this size in pixels."""
-    width, height = require_images(rows)
-    if (width, height) != (image_size, image_size):
+    require_side(require_images(rows), image_size, "the pictures are")
+
+
+def require_side(size: tuple[int, int], image_size: int, what: str) -> None:
+    """Raises ValueError unless a picture of this width and height is a square of `image_size`; `what` begins the message."""
+    if size != (image_size, image_size):
         raise ValueError(
-            f"the pictures are {width}x{height} pixels, not {image_size}x{image_size}; "
+            f"{what} {size[0]}x{size[1]} pixels, not {image_size}x{image_size}; "
             f"prepare the data again with --image_size {image_size}"
         )
 

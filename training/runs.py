@@ -408,9 +408,8 @@ def after_fork() -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, MASKS.pop())
 
 
-if (
-    fcntl is not None
-):  # a worker of a data loader hears no signal of ours; it may outlive us by seconds, and holds nothing
+if fcntl is not None:
+    # a worker of a data loader hears no signal of ours; it may outlive us by seconds, and holds nothing
     os.register_at_fork(
         before=before_fork,
         after_in_parent=after_fork,

@@ -5,9 +5,9 @@
         -d '{"model": "out/model", "messages": [{"role": "user", "content": "a red"}], "max_tokens": 8}'
 
 `model` is the --checkpoint as it was given, or left out. This is `transformers serve` with one model loaded, which it does not
-know by itself: it looks its classes up in tables of names that are part of the library, and ours is registered there. Its `POST /v1/chat/completions`, also streamed, its
-`/v1/completions`, `/v1/models` and `/health` are as its documentation says; a picture comes as `image_url`, also as a `data:`
-address. What the model draws is not part of an answer.
+know by itself: it looks its classes up in tables of names that are part of the library, and ours is registered there. Its
+`POST /v1/chat/completions`, also streamed, its `/v1/completions`, `/v1/models` and `/health` are as its documentation says; a
+picture comes as `image_url`, also as a `data:` address. What the model draws is not part of an answer.
 """
 
 from dataclasses import dataclass, field

@@ -27,7 +27,7 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 from ..modeling_unitok.modeling_vq import UniTokVQModel
-from .collators import has_many, image_column, parquet_files, require_size, to_pixels
+from .collators import has_many, image_column, parquet_files, require_side, require_size, to_pixels
 from .parquet_rows import ParquetRows
 from .runs import folder_beside
 
@@ -152,17 +152,12 @@ def write_shard(
     codes: list[list | None] = []
     many, images = has_many(rows), image_column(rows)
     begin, end = about["rows"]
-    size = vq_model.config.sample_size
     for start in range(begin, end, batch_size):
         batch = rows[list(range(start, min(start + batch_size, end)))][images]
         own = [(row or []) if many else [row] if row is not None else [] for row in batch]
         for number, row in enumerate(own, start):
-            strange = next((picture.size for picture in row if picture.size != (size, size)), None)
-            if strange is not None:
-                raise ValueError(
-                    f"row {number} of the data: {strange[0]}x{strange[1]} pixels, not {size}x{size}; "
-                    f"prepare the data again with --image_size {size}"
-                )
+            for picture in row:
+                require_side(picture.size, vq_model.config.sample_size, f"row {number} of the data:")
         pictures = [to_pixels(picture) for row in own for picture in row]
         found = iter([])
         if pictures:
